@@ -204,8 +204,10 @@ def read_record(
             where=str(path),
             mend="upgrade llmft_nb",
         )
-    known = {name: values[name] for name in RunRecord.__dataclass_fields__ if name in values}
-    return RunRecord(**known)
+    try:
+        return RunRecord(**{name: values[name] for name in RunRecord.__dataclass_fields__ if name in values})
+    except TypeError as error:  # A field is missing
+        raise UserError(f"not a run record: {error}", where=str(path), mend="restore it, or train again") from error
 
 # %% ../nbs/00b_core.ipynb #2a69731c
 class StepClock:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['build_model', 'make_evaluate', 'judge', 'joined_text', 'macro_f1', 'FinishedRun', 'start_record', 'answer_question',
-           'answers_of', 'validation_scores', 'train_model', 'finish_record', 'finetune', 'evaluate_predictor']
+           'answers_of', 'validation_scores', 'Request', 'check_request', 'train_model', 'finish_record', 'open_record',
+           'carry_out', 'finetune', 'evaluate_predictor']
 
-# %% ../nbs/10a_finetune.ipynb #8521ff78
+# %% ../nbs/10a_finetune.ipynb #6af246ac
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from .callbacks import Callback
+from .checkpoint import check_fingerprint
 from .core import Interrupted, RunRecord, StepClock, UserError, get_logger, write_record
 from .data import TextDataLoader, TextDataset
 from .hparams import TrainSettings, resolve_settings
@@ -29,7 +31,8 @@ from .report import write_report
 from .rows import Rows, check_classify, is_multi_label, read_rows
 from .runs import describe_environment, next_folder, prepare_folder, save_answers, save_model
 from .scores import compare_with, majority_baseline, right_answers, score_share, tfidf_baseline, worst_harm_rate
-from .splits import Splits, describe_source, find_notice, prepare_splits
+from .splits import Splits, describe_source, find_licence, find_notice, prepare_splits
+from .steps import make_accelerator
 from .strategy import open_parts, parse_strategy
 from .training import LLMTrainer, TrainResult
 from .validation import EarlyStopping, TestSplit, classification_scores
@@ -135,15 +138,31 @@ def start_record(
     model: LLMForSequenceClassification,  # Ready to train
     settings: TrainSettings,  # Every number
     origins: Mapping[str, str],  # Where each came from
-    choices: Mapping[str, Any],  # "task", "strategy", "init", "data", "notice", as given
+    choices: Mapping[str, str],  # "task", "strategy" and "init", as given
 ) -> RunRecord:  # Of a run about to start
     "The record of a run before its first step."
     source = dataclasses.asdict(model.source)
     n_weights = sum(weight.numel() for weight in model.parameters())
     n_trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    data: dict[str, Any] = {"source": choices["data"], "n_train": len(splits.train), "n_valid": len(splits.valid)}
+    data: dict[str, Any] = {
+        "source": describe_source(splits.train.source),
+        "n_train": len(splits.train),
+        "n_valid": len(splits.valid),
+    }
     data |= {"n_test": len(splits.test), "label_names": splits.label_names, "carved": list(splits.carved)}
-    data |= {"n_left_out": splits.leaks.n_left_out, "leaks": splits.leaks.describe(), "notice": choices["notice"]}
+    data |= {
+        "n_left_out": splits.leaks.n_left_out,
+        "leaks": splits.leaks.describe(),
+        "notice": find_notice(splits.train.source),
+    }
+    data |= {
+        "sources": {
+            name: describe_source(getattr(splits, name).source)
+            for name in ("train", "valid", "test")
+            if name not in splits.carved
+        }
+    }
+    data |= {"licence": find_licence(splits.train.source)}
     fingerprint = {name: getattr(splits, name).fingerprint for name in ("train", "valid", "test")}
     fingerprint |= {"model": source["sha256"] or source["revision"]}
     fingerprint |= {"strategy": choices["strategy"], "init": choices["init"]}
@@ -191,20 +210,55 @@ def validation_scores(
     "The validation scores of the weights that are kept."
     return evaluate(model) | {"step": result.best_step, "n": n_rows}
 
+# %% ../nbs/10a_finetune.ipynb #bdbb7b6b
+@dataclass(frozen=True)
+class Request:
+    "What was asked for, understood and checked."
+
+    folder: Path  # The run's folder
+    settings: TrainSettings  # Every number
+    origins: dict[str, str]  # Where each came from
+    choices: dict[str, str]  # "task", "strategy" and "init"
+    resume: bool  # Go on with the run in the folder
+    earlier: RunRecord | None  # Its record, if there is one
+
+# %% ../nbs/10a_finetune.ipynb #b094669c
+def check_request(
+    choices: dict[str, str],  # "task", "strategy" and "init"
+    model: str | Path,  # Catalogue name, folder or hub id
+    out: str | Path | None,  # The run's folder; None: the next number under "runs"
+    resume: bool,  # Go on with the run in `out`
+    config: Mapping[str, Any] | None,  # Settings read from a file
+    arguments: Mapping[str, Any],  # Settings from the caller
+) -> Request:  # Ready to be carried out
+    "Understand what was asked for, before anything is read or loaded."
+    if choices["task"] != "classify":
+        raise UserError("unknown task", where=f"task {choices['task']}", mend="choose classify")
+    strategy, _ = parse_strategy(choices["strategy"]), parse_init(choices["init"])
+    model_lr = CATALOGUE[str(model)].lr if str(model) in CATALOGUE else None
+    settings, origins = resolve_settings(strategy, model_lr=model_lr, config=config, arguments=arguments)
+    if resume and out is None:
+        raise UserError("which run is to go on?", where="resume", mend="name its folder with --out")
+    folder = Path(out) if out is not None else next_folder()
+    earlier = prepare_folder(folder, resume)
+    if earlier is not None:
+        present = asdict(settings) | {"strategy": choices["strategy"], "init": choices["init"]}
+        check_fingerprint(earlier.settings, present, allow=["save_every"])
+    return Request(folder, settings, origins, choices, resume, earlier)
+
 # %% ../nbs/10a_finetune.ipynb #030afdf9
 def train_model(
     model: LLMForSequenceClassification,  # Ready to train; changed in place
     splits: Splits,  # Rows
-    settings: TrainSettings,  # Every number
+    request: Request,  # Settings, folder, and whether to go on
     evaluate: Callable[[nn.Module], dict[str, float]],  # Scores validation rows
-    out: Path,  # The run's folder
     record: RunRecord,  # Its fingerprint goes into the checkpoints
     *,
-    resume: bool,  # Go on from the newest whole checkpoint
     callbacks: Sequence[Callback] | None,  # None: a progress bar on terminals
     trackers: Sequence[str],  # Names of accelerate's trackers
 ) -> TrainResult:  # The model holds the best weights
-    "Steps 6 and 7."
+    "Steps 6 and 7; a run stopped by a signal is marked so in its record."
+    settings = request.settings
     train = TextDataset(splits.train, model.tokenizer, label_names=splits.label_names, max_length=settings.max_length)
     if train.audit.n_truncated:
         get_logger("finetune").warning("training rows: %s", train.audit.describe())
@@ -213,7 +267,7 @@ def train_model(
         settings=settings,
         evaluate=evaluate,
         stopping=EarlyStopping(settings.patience),
-        folder=out,
+        folder=request.folder,
         callbacks=callbacks,
         trackers=trackers,
         fingerprint=record.fingerprint,
@@ -221,7 +275,11 @@ def train_model(
     loader = TextDataLoader(
         train, batch_size=settings.batch_size, shuffle=True, seed=settings.seed, window=settings.window
     )
-    return trainer.train(loader, resume=resume)
+    try:
+        return trainer.train(loader, resume=request.resume)
+    except Interrupted:
+        write_record(request.folder, dataclasses.replace(record, status="interrupted"))
+        raise
 
 # %% ../nbs/10a_finetune.ipynb #96717244
 def finish_record(
@@ -233,6 +291,58 @@ def finish_record(
     "The record of a run after its last step."
     rounded = {name: round(value, 2) for name, value in seconds.items()}
     return dataclasses.replace(record, status="finished", scores=dict(scores), seconds=rounded, test_looks=n_looks)
+
+# %% ../nbs/10a_finetune.ipynb #e61d982c
+def open_record(
+    request: Request,  # What was asked for
+    record: RunRecord,  # Of the run about to start
+) -> None:
+    "Write a new run's record; of a run that goes on, see that rows and model are the same."
+    if request.earlier is not None:
+        check_fingerprint(request.earlier.fingerprint, record.fingerprint)
+        return
+    request.folder.mkdir(parents=True, exist_ok=True)
+    write_record(request.folder, record)
+
+# %% ../nbs/10a_finetune.ipynb #54f4b40d
+def carry_out(
+    request: Request,  # What was asked for
+    splits: Splits,  # Rows
+    model: LLMForSequenceClassification,  # Ready to train
+    clock: StepClock,  # Under way since step 1
+    question: str | None,  # A text to ask before and after
+    callbacks: Sequence[Callback] | None,  # None: a progress bar on terminals
+    trackers: Sequence[str],  # Names of accelerate's trackers
+) -> FinishedRun:  # The run's folder and record
+    "Train, validate, test, save."
+    folder, max_length = request.folder, request.settings.max_length
+    record = start_record(splits, model, request.settings, request.origins, request.choices)
+    valid, test = (
+        TextDataset(rows, model.tokenizer, label_names=splits.label_names, max_length=max_length)
+        for rows in (splits.valid, splits.test)
+    )
+    make_accelerator(request.settings.precision, trackers, folder)  # A tracker that is not there is heard of now
+    open_record(request, record)
+    untuned = [answer["label"] for answer in answers_of(model, test)]
+    asked = {"text": question, "before": answer_question(model, question, max_length)} if question else {}
+    clock.start("6-7 train and validate")
+    evaluate = make_evaluate(valid)
+    result = train_model(model, splits, request, evaluate, record, callbacks=callbacks, trackers=trackers)
+    scores: dict[str, Any] = {"validation": validation_scores(evaluate, model, result, len(splits.valid))}
+    clock.start("8 test")
+    answers, guard = answers_of(model, test), TestSplit(splits.test)
+    labels = [answer["label"] for answer in answers]
+    scores["test"] = guard.score(lambda rows: judge(rows, labels, untuned, splits.train, splits.label_names))
+    if question:
+        scores["question"] = asked | {"after": answer_question(model, question, max_length)}
+    clock.start("9 save and report")
+    save_answers(folder, splits.test, answers, untuned)
+    save_model(model, folder)
+    clock.start("")
+    record = finish_record(record, scores, clock.seconds, guard.n_looks)
+    write_record(folder, record)
+    write_report(folder)
+    return FinishedRun(folder, record)
 
 # %% ../nbs/10a_finetune.ipynb #84bef99f
 def finetune(
@@ -255,61 +365,20 @@ def finetune(
     **settings: Any,  # Any field of `TrainSettings`; None counts as not given
 ) -> FinishedRun:  # The run's folder and record
     "Fine-tune: the nine steps as one call."
-    if task != "classify":
-        raise UserError("unknown task", where=f"task {task}", mend="choose classify")
-    chosen, _ = parse_strategy(strategy), parse_init(init)
-    model_lr = CATALOGUE[str(model)].lr if str(model) in CATALOGUE else None
-    numbers, origins = resolve_settings(chosen, model_lr=model_lr, config=config, arguments=settings)
-    folder = Path(out) if out is not None else next_folder()
-    earlier = prepare_folder(folder, resume)
-    if earlier is not None and earlier.status == "finished":
-        return FinishedRun(folder, earlier)
-    clock = StepClock()
+    choices = {"task": task, "strategy": strategy, "init": init}
+    request = check_request(choices, model, out, resume, config, settings)
+    if request.earlier is not None and request.earlier.status == "finished":
+        if not {"report.html", "README.md"} <= {path.name for path in request.folder.iterdir()}:
+            write_report(request.folder)
+        return FinishedRun(request.folder, request.earlier)
+    clock, seed = StepClock(), request.settings.seed
     clock.start("1 prepare data")
-    splits = prepare_splits(data, valid, test, columns=columns, leaks=leaks, seed=numbers.seed)
+    splits = prepare_splits(data, valid, test, columns=columns, leaks=leaks, seed=seed)
     clock.start("2-5 base, strategy, settings, weights")
-    tuned = build_model(
-        model,
-        splits.label_names,
-        strategy=strategy,
-        init=init,
-        multi_label=is_multi_label(splits.train),
-        seed=numbers.seed,
-    )
-    given: dict[str, Any] = {"task": task, "strategy": strategy, "init": init, "data": describe_source(data)}
-    record = start_record(splits, tuned, numbers, origins, given | {"notice": find_notice(data)})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder, record)
-    valid_data, test_data = (
-        TextDataset(rows, tuned.tokenizer, label_names=splits.label_names, max_length=numbers.max_length)
-        for rows in (splits.valid, splits.test)
-    )
-    untuned = [answer["label"] for answer in answers_of(tuned, test_data)]
-    asked = {"text": question, "before": answer_question(tuned, question, numbers.max_length)} if question else None
-    clock.start("6-7 train and validate")
-    evaluate = make_evaluate(valid_data)
-    try:
-        result = train_model(
-            tuned, splits, numbers, evaluate, folder, record, resume=resume, callbacks=callbacks, trackers=trackers
-        )
-    except Interrupted:
-        write_record(folder, dataclasses.replace(record, status="interrupted"))
-        raise
-    clock.start("8 test")
-    scores: dict[str, Any] = {"validation": validation_scores(evaluate, tuned, result, len(splits.valid))}
-    answers, guard = answers_of(tuned, test_data), TestSplit(splits.test)
-    labels = [answer["label"] for answer in answers]
-    scores["test"] = guard.score(lambda rows: judge(rows, labels, untuned, splits.train, splits.label_names))
-    if asked is not None:
-        scores["question"] = asked | {"after": answer_question(tuned, str(question), numbers.max_length)}
-    clock.start("9 save and report")
-    save_answers(folder, splits.test, answers, untuned)
-    save_model(tuned, folder)
-    clock.start("")
-    record = finish_record(record, scores, clock.seconds, guard.n_looks)
-    write_record(folder, record)
-    write_report(folder)
-    return FinishedRun(folder, record)
+    multi_label = is_multi_label(splits.train)
+    names = splits.label_names
+    tuned = build_model(model, names, strategy=strategy, init=init, multi_label=multi_label, seed=seed)
+    return carry_out(request, splits, tuned, clock, question, callbacks, trackers)
 
 # %% ../nbs/10a_finetune.ipynb #ff370a66
 def evaluate_predictor(

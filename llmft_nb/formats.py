@@ -379,11 +379,11 @@ def parse_parquet(
 
     try:
         # Read from a buffer of pyarrow's own: over a Python file its threads can abort the process at exit
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read(use_threads=False)
-    except (pyarrow.ArrowException, OSError) as error:
+        records = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read(use_threads=False).to_pylist()
+    except Exception as error:  # A flipped byte can surface as almost any error of the library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Parsed(problems=[Problem(name, f"a damaged Parquet file ({reason})")])
-    return parse_records(table.to_pylist(), name)
+    return parse_records(records, name)
 
 # %% ../nbs/00c_formats.ipynb #b8a8a3b2
 def parse_text(

@@ -25,7 +25,7 @@ class TrainSettings:
     epochs: int = 6  # Passes over the training rows
     batch_size: int = 32  # Rows of one optimizer step
     micro_batch_size: int = 32  # Rows computed at once; smaller saves memory and changes nothing else
-    lr: float = 1e-4  # Peak learning rate of the body
+    lr: float = 2e-4  # Peak learning rate of the body
     head_lr_factor: float = 5.0  # The head's rate is this times the body's
     weight_decay: float = 0.01  # Of matrices; biases and norms have none
     warmup_frac: float = 0.1  # Share of the steps over which the rate rises from 0
@@ -51,10 +51,10 @@ class TrainSettings:
                     "unknown choice", where=f"{name} {getattr(self, name)}", mend=f"choose {', '.join(choices)}"
                 )
         for name in WHOLE_NUMBERS:
-            if getattr(self, name) != int(getattr(self, name)):
+            if not isinstance(getattr(self, name), int):
                 raise UserError("not a whole number", where=f"{name} {getattr(self, name)}", mend="leave the fraction")
 
-# %% ../nbs/04_hparams.ipynb #3fe05180
+# %% ../nbs/04_hparams.ipynb #6298e4ec
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("epochs", 1, 10_000),
     ("batch_size", 1, 1_000_000),
@@ -76,7 +76,10 @@ CHOICES = {
     "precision": ("auto", "f32", "bf16"),
     "class_weights": ("none", "balanced"),
 }
-WHOLE_NUMBERS = ("epochs", "batch_size", "micro_batch_size", "max_length", "window", "seed", "patience", "save_every")
+WHOLE_NUMBERS = (
+    *("epochs", "batch_size", "micro_batch_size", "max_length", "window", "seed"),
+    *("evals_per_epoch", "patience", "save_every"),
+)
 
 # %% ../nbs/04_hparams.ipynb #6e9697c2
 def strategy_defaults(
@@ -89,7 +92,7 @@ def strategy_defaults(
     if strategy.kind == "head":
         return {"lr": 1e-3, "head_lr_factor": 1.0}, {"lr": "default", "head_lr_factor": "default"}
     if strategy.kind == "top":
-        return {"lr": 3 * full_lr if full_lr < 5e-4 else full_lr}, {"lr": origin}
+        return {"lr": 2.5 * full_lr if full_lr < 5e-4 else full_lr}, {"lr": origin}
     return {"lr": full_lr}, {"lr": origin}
 
 # %% ../nbs/04_hparams.ipynb #f9bec258
@@ -160,7 +163,8 @@ def parameter_groups(
     groups: dict[tuple[str, bool], list[Any]] = {}
     for name, weight in network.named_parameters():
         if weight.requires_grad:
-            part = "body" if name.startswith(inside) else "head"
+            is_pooler = ".pooler." in name
+            part = "body" if name.startswith(inside) and not is_pooler else "head"
             groups.setdefault((part, weight.dim() >= 2), []).append(weight)
     return [
         {

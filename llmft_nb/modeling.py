@@ -218,6 +218,7 @@ def load_network(
     seed: int,  # Seed of weights the checkpoint lacks
 ) -> tuple[nn.Module, set[str]]:  # transformers' model in f32, and the names of weights that start at random
     "Load a checkpoint into transformers' sequence classifier."
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -231,7 +232,7 @@ def load_network(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the model cannot be loaded as a classifier ({first_line})",

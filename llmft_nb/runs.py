@@ -29,10 +29,11 @@ def prepare_folder(
     resume: bool,  # Whether it may hold this run's earlier files
 ) -> RunRecord | None:  # The record of the run to go on with; None for a new run
     "See that a run may write here, before anything else is done."
-    if out.exists() and not out.is_dir():
-        raise UserError("this is a file", where=f"out {out}", mend="name a folder")
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    nearest = out
     try:
+        if out.exists() and not out.is_dir():
+            raise UserError("this is a file", where=f"out {out}", mend="name a folder")
+        nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
         probe = nearest / f".llmft_write_probe_{os.getpid()}"
         probe.write_text("")
         probe.unlink()

@@ -103,7 +103,7 @@ def make_accelerator(
         return Accelerator(mixed_precision=mixed, log_with=list(trackers) or None, project_dir=folder)
     except (ImportError, ValueError) as error:
         raise UserError(
-            str(error), where=f"trackers {', '.join(trackers)}", mend="install it, or leave it out"
+            str(error), where=f"trackers {', '.join(map(str, trackers))}", mend="install it, or leave it out"
         ) from error
 
 # %% ../nbs/06c_steps.ipynb #0f550d2b

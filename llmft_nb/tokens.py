@@ -62,12 +62,14 @@ def check_max_length(
     n_special = tokenizer.num_special_tokens_to_add(pair=True)
     if max_length < n_special + 2:
         raise UserError(
-            f"max_length is {max_length}, but a pair needs {n_special} special tokens and one of each text",
+            f"a pair needs {n_special} special tokens and one of each text",
+            where=f"max_length {max_length}",
             mend=f"give {n_special + 2} or more",
         )
     if max_length > tokenizer.model_max_length:
         raise UserError(
-            f"max_length is {max_length}, but the model reads at most {tokenizer.model_max_length} tokens",
+            f"the model reads at most {tokenizer.model_max_length} tokens",
+            where=f"max_length {max_length}",
             mend=f"give {tokenizer.model_max_length} or less",
         )
 

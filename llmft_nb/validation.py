@@ -6,10 +6,11 @@
 __all__ = ['R', 'T', 'f1_by_label', 'metric_info', 'Accuracy', 'label_columns', 'MacroF1', 'MicroF1', 'check_predictions',
            'classification_scores', 'EarlyStopping', 'TestSplit']
 
-# %% ../nbs/07a_validation.ipynb #f29e76f0
+# %% ../nbs/07a_validation.ipynb #8264a7ec
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -137,21 +138,19 @@ def classification_scores(
     return scores
 
 # %% ../nbs/07a_validation.ipynb #c666b0da
+@dataclass
 class EarlyStopping:
     "Counts scorings without a gain; a higher score is better."
 
-    def __init__(
-        self,
-        patience: int,  # Scorings without a gain before stopping; 0 never stops
-        min_gain: float = 0.0,  # A new best must be above the old by more than this
-    ) -> None:
-        if patience < 0 or min_gain < 0:
-            raise UserError(
-                "must not be negative", where=f"patience {patience}, min_gain {min_gain}", mend="give 0 or more"
-            )
-        self.patience, self.min_gain = patience, min_gain
-        self.best: float | None = None
-        self.n_without_gain = 0
+    patience: int  # Scorings without a gain before stopping; 0 never stops
+    min_gain: float = 0.0  # A new best must be above the old by more than this
+    best: float | None = None  # Best score so far; None before the first
+    n_without_gain: int = 0  # Scorings since then
+
+    def __post_init__(self) -> None:
+        if self.patience < 0 or self.min_gain < 0:
+            where = f"patience {self.patience}, min_gain {self.min_gain}"
+            raise UserError("must not be negative", where=where, mend="give 0 or more")
 
     def update(
         self,
@@ -159,11 +158,7 @@ class EarlyStopping:
     ) -> bool:  # True where it is the best so far
         "Take in a score."
         if not math.isfinite(score):
-            raise UserError(
-                f"the validation score is {score}",
-                why="no comparison with it means anything",
-                mend="look at the loss of the steps before; a lower learning rate is the usual cure",
-            )
+            raise UserError(f"the validation score is {score}", mend="lower the learning rate, and look at the loss")
         is_best = self.best is None or score > self.best + self.min_gain
         self.best = score if is_best else self.best
         self.n_without_gain = 0 if is_best else self.n_without_gain + 1
@@ -183,8 +178,7 @@ class EarlyStopping:
         state: dict[str, Any],  # What `state` returned
     ) -> None:
         "Go on where a checkpoint left off."
-        self.best = None if state["best"] is None else float(state["best"])
-        self.n_without_gain = int(state["n_without_gain"])
+        self.best, self.n_without_gain = state["best"], state["n_without_gain"]
 
 # %% ../nbs/07a_validation.ipynb #72ea0eb8
 R = TypeVar("R")
