@@ -114,7 +114,10 @@ class ProgressBar(Callback):
         self._task: Any = None
         self._scores = ""
 
-    def on_train_start(self, state: TrainState) -> None:
+    def on_train_start(
+        self,
+        state: TrainState,  # Where the run stands
+    ) -> None:
         "Draw the bar."
         if not sys.stderr.isatty():
             return
@@ -126,18 +129,29 @@ class ProgressBar(Callback):
         self._progress.start()
         self._task = self._progress.add_task("", total=state.n_steps, completed=state.step)
 
-    def on_step(self, state: TrainState, values: Mapping[str, float]) -> None:
+    def on_step(
+        self,
+        state: TrainState,  # Where the run stands
+        values: Mapping[str, float],  # "loss" of the logged step; empty for others
+    ) -> None:
         "Move it on."
         if self._progress is not None:
             self._progress.update(self._task, completed=state.step)
             if values:
                 self._progress.update(self._task, description=f"loss {values['loss']:.3f}{self._scores}")
 
-    def on_evaluate(self, state: TrainState, scores: Mapping[str, float]) -> None:
+    def on_evaluate(
+        self,
+        state: TrainState,  # Where the run stands
+        scores: Mapping[str, float],  # Of the validation rows
+    ) -> None:
         "Show the newest validation scores beside the loss."
         self._scores = "".join(f"  valid {name} {value:.3f}" for name, value in scores.items() if name != "loss")
 
-    def on_train_end(self, state: TrainState) -> None:
+    def on_train_end(
+        self,
+        state: TrainState,  # Where the run stands
+    ) -> None:
         "Take it away."
         if self._progress is not None:
             self._progress.stop()

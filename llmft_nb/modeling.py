@@ -321,8 +321,12 @@ class LLMForSequenceClassification(nn.Module):
         "Whether the head holds nothing learnt."
         return bool(self.random_names & set(head_parameters(self.network)))
 
-    def forward(self, input_ids: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
-        "Logits of shape (N, C) for token ids of shape (N, T)."
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # Token ids, shape (N, T)
+        **others: torch.Tensor,  # "attention_mask" and whatever else the architecture takes
+    ) -> torch.Tensor:  # Logits, shape (N, C)
+        "Scores of every class for each row."
         return self.network(input_ids=input_ids, **others).logits
 
     def save_pretrained(

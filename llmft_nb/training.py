@@ -48,7 +48,10 @@ class StoppingRule(Protocol):
         "Whether to stop."
         ...
 
-    def update(self, score: float) -> bool:  # True where `score` is the best so far
+    def update(
+        self,
+        score: float,  # Of the validation rows; higher is better
+    ) -> bool:  # True where it is the best so far
         "Take note of a score; higher is better."
         ...
 
@@ -56,7 +59,10 @@ class StoppingRule(Protocol):
         "What a checkpoint keeps."
         ...
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(
+        self,
+        state: dict[str, Any],  # As `state` returned it
+    ) -> None:
         "Go on from a kept state."
         ...
 

@@ -122,6 +122,27 @@ def comment_lines(source: str) -> set[int]:
     }
 
 
+def help_lines(tree: ast.Module) -> set[int]:
+    "The last lines of parameters that a command explains by `help=…` in their type, or in a type of the module."
+
+    def helps(node: ast.expr | None) -> bool:
+        parts = list(ast.walk(node)) if node else []
+        named = any(isinstance(part, ast.Name) and part.id in helping for part in parts)
+        return named or any(isinstance(part, ast.keyword) and part.arg == "help" for part in parts)
+
+    helping: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and helps(node.value):
+            helping |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for parameter in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+                if helps(parameter.annotation):
+                    lines.add(end_of_default(parameter, node.args) or parameter.end_lineno or 0)
+    return lines
+
+
 def all_names(tree: ast.Module) -> list[str]:
     "What `__all__` lists."
     for node in tree.body:
@@ -132,7 +153,8 @@ def all_names(tree: ast.Module) -> list[str]:
 
 def contract_faults(module: str, source: str) -> list[str]:
     "Public names that lack their place in `__all__`, a docstring, a comment behind a parameter, or a type."
-    tree, comments = ast.parse(source), comment_lines(source)
+    tree = ast.parse(source)
+    comments = comment_lines(source) | help_lines(tree)
     listed, faults = all_names(tree), []
     for node in tree.body:
         names = []

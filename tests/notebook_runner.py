@@ -119,7 +119,7 @@ def stale(run: notebooks.Run) -> list[str]:
     "Cells whose stored outputs differ from the run's, each with a short difference."
     if run.trouble:
         return [f"cannot be told: {run.path.name} {run.trouble}"]
-    if not any(cell.stored for cell in run.cells):
+    if not any(cell.stored for cell in run.cells if cell.state == "ran"):
         return []
     found = []
     for cell in run.cells:

@@ -185,6 +185,23 @@ def _helper(x): ...
 """
 
 
+def test_a_command_explains_its_parameters_by_help():
+    source = """
+__all__ = ["Json", "show"]
+
+Json = Annotated[bool, Option(help="For programs.")]
+
+def show(
+    run: Annotated[str, Argument(help="A folder.")],
+    as_json: Json = False,
+    depth: Annotated[int, Option("--depth")] = 1,
+) -> None:
+    "Show it."
+"""
+    faults = house.contract_faults("cli", source)
+    assert len(faults) == 1 and "no comment behind depth" in faults[0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -538,7 +538,7 @@ def test_pairs_leak_as_pairs() -> None:
     assert kept.places == ["row:2"]
 
 
-@pytest.mark.parametrize(("name", "n_leaks"), [("banking77", 6), ("sst2", 2)])
+@pytest.mark.parametrize(("name", "n_leaks"), [("banking77", 6), ("sst2", 2), ("chnsenticorp_zh", 331)])
 def test_leaks_of_real_sets(name: str, n_leaks: int, real_data: Callable[[str], Path]) -> None:
     train, test = (check_classify(read_rows(real_data(name), split=split)) for split in ("train", "test"))
     _, report = drop_leaks(train, {"test": test})

@@ -1,11 +1,13 @@
-"""Scores against references: scikit-learn, scipy, published tables, exact fractions, and what must hold for any input."""
+"""Scores against references (scikit-learn, scipy, published tables, exact fractions) and what must always hold."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -213,23 +215,23 @@ def test_tfidf_answers_what_it_has_never_seen() -> None:
 
 def test_tfidf_with_several_labels() -> None:
     train_texts, train_labels, texts, labels = small_task()
-    several = [sorted([label, "urgent"]) if "now" in text else [label] for text, label in zip(train_texts, train_labels, strict=True)]
-    true = [sorted([label, "urgent"]) if "now" in text else [label] for text, label in zip(texts, labels, strict=True)]
+    several, true = (
+        [sorted([label, "urgent"]) if "now" in text else [label] for text, label in zip(*rows, strict=True)]
+        for rows in ((train_texts, train_labels), (texts, labels))
+    )
     answers = tfidf_baseline(train_texts, several, texts)
     assert all(answer == sorted(answer) for answer in answers)
     assert right_answers(true, answers).mean() > 0.9
 
 
-def test_tfidf_on_real_questions(real_data: object) -> None:
-    import json
-
-    folder = real_data("banking77")  # type: ignore[operator]
+def test_tfidf_on_real_questions(real_data: Callable[[str], Path]) -> None:
+    folder = real_data("banking77")
     train, test = ([json.loads(line) for line in (folder / f"{part}.jsonl").open()] for part in ("train", "test"))
-    chosen = sorted({str(row["label"]) for row in train})[:10]
-    train, test = ([row for row in part if str(row["label"]) in chosen] for part in (train, test))
-    answers = tfidf_baseline([row["text"] for row in train], [str(row["label"]) for row in train], [row["text"] for row in test])
-    score = right_answers([str(row["label"]) for row in test], answers).mean()
-    assert score > 0.9, "ten intents of PolyAI/banking77 are easy for a bag of words"
+    chosen = sorted({row["label"] for row in train})[:10]
+    train, test = ([row for row in part if row["label"] in chosen] for part in (train, test))
+    columns = ([row[key] for row in part] for part, key in ((train, "text"), (train, "label"), (test, "text")))
+    right = right_answers([row["label"] for row in test], tfidf_baseline(*columns))
+    assert right.mean() > 0.9, "ten intents of PolyAI/banking77 are easy for a bag of words"
 
 
 # Comparisons and mistakes
@@ -256,7 +258,8 @@ def test_label_scores_are_recalls_worst_first() -> None:
     assert {name: score.value for name, score in scores.items()} == pytest.approx(reference)
     assert [score.value for score in scores.values()] == sorted(reference.values())
     assert sum(score.n for score in scores.values()) == 300
-    assert sum(n for _, _, n in confused_pairs(true, said, n_most=100)) == sum(a != b for a, b in zip(true, said, strict=True))
+    n_confused = sum(n for _, _, n in confused_pairs(true, said, n_most=100))
+    assert n_confused == 300 - right_answers(true, said).sum()
 
 
 def test_worst_harm_counts_only_the_rows_that_can_be_harmed() -> None:
@@ -321,7 +324,8 @@ def test_scoring_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
     temporary.mkdir()
     names = {"HF_HOME", "HF_DATASETS_CACHE", "HF_EVALUATE_CACHE", "XDG_CACHE_HOME"}
     environment = {key: value for key, value in os.environ.items() if key not in names}
-    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"}
+    path = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip().startswith("0.666")
     assert not list(temporary.iterdir())
@@ -387,6 +391,7 @@ def test_the_test_split_remembers_looks_of_an_earlier_process() -> None:
 
 
 def test_importing_scores_is_quick_and_pulls_in_no_heavy_library() -> None:
-    code = "import llmft_nb.scores, sys; print([name for name in ('torch', 'transformers', 'datasets', 'sklearn', 'scipy') if name in sys.modules])"
+    heavy = ("torch", "transformers", "datasets", "sklearn", "scipy")
+    code = f"import llmft_nb.scores, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

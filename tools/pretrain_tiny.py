@@ -34,8 +34,7 @@ CHAT_TEMPLATE = (
 
 def read_texts(path: Path) -> Iterator[str]:
     "The `text` of every row of a JSONL file, gzipped or not."
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)["text"]
 
