@@ -89,7 +89,9 @@ def judge(
     texts, train_texts = ([joined_text(row) for row in part] for part in (rows, train))
     others["TF-IDF + logistic regression"] = tfidf_baseline(train_texts, train_labels, texts)
     right = right_answers(labels, answers)
-    compared = compare_with(right, {name: right_answers(labels, other) for name, other in others.items()})
+    others_right = {name: right_answers(labels, other) for name, other in others.items()}
+    others_f1 = {name: macro_f1(other, labels, label_names) for name, other in others.items()}
+    compared = compare_with(right, others_right, others_f1)
     scores: dict[str, Any] = {"accuracy": asdict(score_share(int(right.sum()), len(rows)))}
     scores["macro_f1"] = macro_f1(answers, labels, label_names)
     scores["baselines"] = [other.as_record() for other in compared]
@@ -335,7 +337,7 @@ def carry_out(
     scores["test"] = guard.score(lambda rows: judge(rows, labels, untuned, splits.train, splits.label_names))
     if question:
         scores["question"] = asked | {"after": answer_question(model, question, max_length)}
-    clock.start("9 save and report")
+    clock.start("9 save")
     save_answers(folder, splits.test, answers, untuned)
     save_model(model, folder)
     clock.start("")

@@ -48,7 +48,12 @@ def prepare_folder(
         raise UserError("the folder is not empty", where=f"out {out}", why="nothing is overwritten", mend=mend)
     if present and "run.json" not in present and not present <= OWN_NAMES:
         raise UserError("these files are not a run's", where=f"out {out}", mend="name the folder of the run")
-    return read_record(out) if "run.json" in present else None
+    if "run.json" not in present:
+        return None
+    record = read_record(out)
+    for leftover in [*out.glob(".*.tmp"), *out.glob(".model.*")]:  # Of a run that was killed while it wrote
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return record
 
 # %% ../nbs/09_runs.ipynb #af9a50a2
 def next_folder(

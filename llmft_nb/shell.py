@@ -6,11 +6,13 @@
 __all__ = ['LogLevel', 'show_error', 'exit_statuses', 'parse_columns', 'text_entry', 'merge_config', 'texts_of', 'show_run',
            'show_answer', 'show_table', 'show_value', 'show_demo']
 
-# %% ../nbs/10b_shell.ipynb #da46e1da
+# %% ../nbs/10b_shell.ipynb #2af6e5d9
 import contextlib
+import errno
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -56,9 +58,9 @@ def exit_statuses(
     try:
         yield
     except UserError as error:
-        show_error(error, as_json)
         if debug:
-            raise
+            traceback.print_exc()
+        show_error(error, as_json)
         raise typer.Exit(2) from None
     except Interrupted as stop:
         print(f"llmft: {stop}; go on with --resume", file=sys.stderr)
@@ -68,6 +70,12 @@ def exit_statuses(
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(0) from None
+    except OSError as error:
+        if debug or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise
+        mend = "make room; a run goes on with --resume"
+        show_error(UserError(f"could not write: {error.strerror}", where=str(error.filename or ""), mend=mend), as_json)
+        raise typer.Exit(1) from None
 
 # %% ../nbs/10b_shell.ipynb #2be46931
 def parse_columns(
@@ -167,7 +175,7 @@ def show_run(
         print(f"{question['text']}\n  before: {question['before']}\n  after:  {question['after']}")
     if record.data.get("notice"):
         print(record.data["notice"])
-    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in record.seconds.items()))
+    print("seconds: " + "; ".join(f"{name} {value:.1f}" for name, value in record.seconds.items()))
     print(f"run folder: {folder}")
 
 # %% ../nbs/10b_shell.ipynb #e81ba771
@@ -231,11 +239,15 @@ def show_demo(
     print(f"\n{'test questions nobody trained on':<32} accuracy [95 % interval]")
     for line in summary["scores"]:
         print(f"  {line['name']:<30} {Score(**line['accuracy']).describe()}")
+    print("\n'avoid' answered 'safe', the mistake that would hurt")
     for line in summary["scores"]:
         if line.get("harm"):
             harm = {name: line["harm"][name] for name in ("value", "low", "high", "n")}
-            print(f"  {line['name']}: 'avoid' answered 'safe' {Score(**harm).describe()}")
-    for strategy, seconds in summary["seconds"].items():
-        print(f"\nseconds, {strategy}: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
-        print(f"run folder: {summary['folders'][strategy]} (open report.html)")
+            print(f"  {line['name']:<30} {Score(**harm).describe()}")
+    strategies = list(summary["seconds"])
+    print("\n" + f"{'seconds of each step':<40}" + "".join(f"{strategy:>8}" for strategy in strategies))
+    for step in summary["seconds"][strategies[0]]:
+        print(f"  {step:<38}" + "".join(f"{summary['seconds'][strategy][step]:8.1f}" for strategy in strategies))
+    for strategy in strategies:
+        print(f"run folder, {strategy}: {summary['folders'][strategy]} (open report.html)")
     print(f"\n{summary['notice']}")

@@ -272,7 +272,7 @@ def test_mistake_in_a_process(wrong: Path, small_model: Path, at_home: Path) -> 
 
 def test_traceback_only_where_asked_for(wrong: Path, at_home: Path) -> None:
     outcome = llmft_process("train", "--data", wrong / "empty.jsonl", "--debug")
-    assert outcome.status != 0
+    assert outcome.status == 2
     assert "Traceback" in outcome.err and "there are no rows" in outcome.err
 
 
