@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 METADATA := settings.ini setup.py pyproject.toml constraints.txt
+# torch's threads sleep while they wait for one another: spinning, they crawl as soon as another program wants a core
+export OMP_WAIT_POLICY ?= PASSIVE
 # nbdev-export does nothing, silently, where IN_TEST is set
 UNSET := env -u IN_TEST
 

@@ -6,8 +6,9 @@
 __all__ = ['app', 'Json', 'Level', 'Debug', 'train', 'predict', 'evaluate_run', 'models', 'runs', 'check', 'tokens', 'report',
            'demo', 'top', 'main']
 
-# %% ../nbs/10c_cli.ipynb #68df0969
+# %% ../nbs/10c_cli.ipynb #14dda8e9
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -269,4 +270,5 @@ def top(
 # %% ../nbs/10c_cli.ipynb #fb39b5d2
 def main() -> None:
     "The entry point of the command `llmft`."
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Before torch is loaded: its threads read it once
     app()
