@@ -56,6 +56,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmft_nb.checkpoint.rotate_checkpoints': ( 'checkpoint.html#rotate_checkpoints',
                                                                                  'llmft_nb/checkpoint.py'),
                                      'llmft_nb.checkpoint.save_checkpoint': ('checkpoint.html#save_checkpoint', 'llmft_nb/checkpoint.py'),
+                                     'llmft_nb.checkpoint.set_aside': ('checkpoint.html#set_aside', 'llmft_nb/checkpoint.py'),
                                      'llmft_nb.checkpoint.verify_checkpoint': ( 'checkpoint.html#verify_checkpoint',
                                                                                 'llmft_nb/checkpoint.py'),
                                      'llmft_nb.checkpoint.write_manifest': ('checkpoint.html#write_manifest', 'llmft_nb/checkpoint.py'),

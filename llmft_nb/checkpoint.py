@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_synced', 'write_manifest', 'remove_folder', 'save_checkpoint', 'verify_checkpoint', 'load_checkpoint', 'Found',
-           'list_checkpoints', 'find_checkpoint', 'missing_best', 'checkpoint_name', 'rotate_checkpoints',
+           'list_checkpoints', 'find_checkpoint', 'missing_best', 'checkpoint_name', 'rotate_checkpoints', 'set_aside',
            'flatten_optimizer', 'restore_optimizer', 'check_fingerprint']
 
 # %% ../nbs/06b_checkpoint.ipynb #ceac9b2c
@@ -206,6 +206,17 @@ def rotate_checkpoints(
             remove_folder(folder)
     for leftover in parent.glob(".*-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+# %% ../nbs/06b_checkpoint.ipynb #ddd8f67b
+def set_aside(
+    parent: Path,  # Folder of all checkpoints
+    found: Found,  # What a search there came back with
+) -> None:
+    "Rename what was passed over, and tidy up."
+    for name, _ in found.skipped:
+        remove_folder(parent / f"damaged-{name}")
+        os.replace(parent / name, parent / f"damaged-{name}")
+    rotate_checkpoints(parent)
 
 # %% ../nbs/06b_checkpoint.ipynb #d56053db
 def flatten_optimizer(

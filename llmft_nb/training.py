@@ -7,9 +7,10 @@ __all__ = ['StoppingRule', 'open_weights', 'load_weights', 'TrainResult', 'own_r
            'run_fingerprint', 'save_run', 'restore_run', 'open_folder', 'take_step', 'write_values', 'log_step',
            'score_run', 'run_steps', 'finish_run', 'close_run']
 
-# %% ../nbs/06d_training.ipynb #986e7368
+# %% ../nbs/06d_training.ipynb #98053395
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import nn
 
 from .callbacks import Callback, MetricsFile, ProgressBar, SignalGuard, TrainState
 from llmft_nb.checkpoint import (
+    Found,
     check_fingerprint,
     checkpoint_name,
     find_checkpoint,
@@ -30,6 +32,7 @@ from llmft_nb.checkpoint import (
     restore_optimizer,
     rotate_checkpoints,
     save_checkpoint,
+    set_aside,
 )
 from .core import Interrupted, UserError
 from .data import TextDataLoader
@@ -283,12 +286,14 @@ def open_folder(
     if trainer.folder is not None:
         trainer.folder.mkdir(parents=True, exist_ok=True)
         parent = trainer.folder / "checkpoints"
-        found = find_checkpoint(parent).folder if resume else None
-        if found is not None:
-            n_bytes = restore_run(run, found)
+        found = find_checkpoint(parent) if resume else Found(None, ())
+        if found.folder is not None:
+            n_bytes = restore_run(run, found.folder)
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
-            if found is None:
+            if resume:
+                set_aside(parent, found)
+            else:
                 remove_folder(parent)
             run.metrics = MetricsFile(trainer.folder / "metrics.jsonl", n_bytes)
     if trainer.trackers:
@@ -357,6 +362,9 @@ def score_run(
     if trainer.monitor not in scores:
         raise UserError("not among the scores", where=f"monitor {trainer.monitor}", mend=f"one of {', '.join(scores)}")
     score = scores[trainer.monitor]
+    if not math.isfinite(score):
+        where = f"monitor {trainer.monitor}, step {state.step}"
+        raise UserError(f"the validation score is {score}", where=where, mend="lower --lr; look at the losses before")
     if trainer.stopping is not None:
         is_best = trainer.stopping.update(score)
         state.stop = state.stop or trainer.stopping.should_stop

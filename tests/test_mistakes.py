@@ -459,13 +459,13 @@ def test_train_json(usual: list[str], at_home: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["toml", "json"])
 def test_config_and_the_flag_that_wins(kind: str, usual: list[str], at_home: Path) -> None:
-    values: dict[str, Any] = {"epochs": 3, "batch-size": 16, "lr": 0.002, "strategy": "top:1", "out": "chosen"}
+    values: dict[str, Any] = {"epochs": 3, "batch-size": 16, "lr": 0.002, "strategy": "head", "out": "chosen"}
     if kind == "toml":
         text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
     else:
         text = json.dumps(values)
     (at_home / f"run.{kind}").write_text(text, encoding="utf-8")
-    outcome = llmft(*usual, "--epochs=1", f"--config=run.{kind}", "--json")
+    outcome = llmft(*usual, "--epochs=1", "--strategy=top:1", f"--config=run.{kind}", "--json")
     assert outcome.status == 0, outcome
     assert json.loads(outcome.out)["folder"] == "chosen"
     record = json.loads((at_home / "chosen" / "run.json").read_text(encoding="utf-8"))
