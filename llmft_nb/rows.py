@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Row', 'ALIASES', 'Rows', 'read_rows', 'check_columns', 'text_problem', 'plain_label', 'label_kind', 'allowed_label',
-           'check_classify', 'row_labels', 'is_multi_label', 'find_label_names', 'normal_text', 'row_key', 'strata',
-           'shares', 'split_rows', 'LeakReport', 'find_leaks', 'drop_leaks', 'DuplicateReport', 'duplicate_rows']
+           'check_classify', 'row_labels', 'is_multi_label', 'find_label_names', 'normal_text', 'row_text', 'row_key',
+           'strata', 'shares', 'split_rows', 'LeakReport', 'find_leaks', 'drop_leaks', 'DuplicateReport',
+           'duplicate_rows']
 
 # %% ../nbs/01a_rows.ipynb #5f5fa8ee
 import contextlib
@@ -233,12 +234,25 @@ def normal_text(
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
 
+# %% ../nbs/01a_rows.ipynb #561a6d5d
+def row_text(
+    row: Row,  # A row of any task
+) -> str:  # What a model is given of it: a text, a pair, words with tags, or all that is not an answer
+    "The question side of a row, as one text."
+    if "messages" in row:
+        said = [message["content"] for message in row["messages"] if message["role"] not in {"assistant", "system"}]
+        return "\x1f".join(said)
+    if "tokens" in row:
+        return " ".join(row["tokens"])
+    text = row.get("text") if row.get("text") is not None else row.get("prompt")
+    return f"{text}\x1f{row['text_pair']}" if row.get("text_pair") else str(text)
+
 # %% ../nbs/01a_rows.ipynb #32ebec80
 def row_key(
-    row: Row,  # A row with a text
+    row: Row,  # A row of any task
 ) -> str:  # Equal for rows with equal texts, whatever their labels
     "What decides whether two rows are the same question."
-    return normal_text(row["text"]) + "\x1f" + normal_text(row.get("text_pair") or "")
+    return "\x1f".join(normal_text(part) for part in row_text(row).split("\x1f"))
 
 # %% ../nbs/01a_rows.ipynb #569b7046
 def strata(
