@@ -68,14 +68,14 @@ def backward_step(
     "Add up the gradient of one optimizer step, in micro-batches."
     settings, n_processes = plan.settings, accelerator.num_processes
     weights = plan.class_weights.tolist() if plan.class_weights is not None else None
-    assert loader.dataset.label_ids is not None
-    labels_of_step: Any = [loader.dataset.label_ids[row] for row in rows]
-    divisor = loss_divisor(labels_of_step, weights)
+    epoch = step // len(loader)
+    divisor = loss_divisor(loader.dataset.targets(rows, epoch), weights)
     parts = shares(rows, accelerator.process_index, n_processes, settings.micro_batch_size)
     total = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(parts):
         torch.manual_seed(stream_seed(settings.seed, "dropout", step, number, accelerator.process_index))
-        batch = {name: value.to(accelerator.device) for name, value in loader.batch(part or rows[:1]).items()}
+        on_host = loader.batch(part or rows[:1], epoch)
+        batch = {name: value.to(accelerator.device) for name, value in on_host.items()}
         labels = batch.pop("labels")
         is_last = number == len(parts) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):

@@ -37,7 +37,7 @@ from llmft_nb.checkpoint import (
 from .core import Interrupted, UserError
 from .data import TextDataLoader
 from .hparams import TrainSettings, lr_factors, parameter_groups
-from .modeling import LLMForSequenceClassification, size_head
+from .modeling import TunableModel, size_head
 from .objectives import balanced_class_weights
 from .steps import StepPlan, backward_step, is_evaluation_step, make_accelerator, swap_parameters
 from .strategy import set_modes
@@ -114,7 +114,7 @@ class LLMTrainer:
 
     def __init__(
         self,
-        model: LLMForSequenceClassification,  # What may move is chosen already
+        model: TunableModel,  # What may move is chosen already
         optimizer: torch.optim.Optimizer | None = None,  # Any torch optimizer; None: AdamW by the settings
         settings: TrainSettings | None = None,  # None: defaults, and a constant rate where an optimizer is given
         *,
@@ -192,10 +192,12 @@ def start_run(
 ) -> Run:  # Ready for its first step
     "Size the head, place the model, make the optimizer."
     model, settings, dataset = trainer.model, trainer.settings, loader.dataset
-    if dataset.label_ids is None:
-        raise UserError("these rows have no labels to learn from", where="train", mend="give rows with a label")
+    if not any(dataset.targets([row]) for row in range(len(dataset))):
+        raise UserError("no row has anything to learn from", where="train", mend="look at the rows with llmft tokens")
     accelerator = make_accelerator(settings.precision, trainer.trackers, trainer.folder)
-    replaced = size_head(model, dataset.label_names, multi_label=dataset.multi_label, seed=settings.seed)
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    if dataset.label_names:
+        replaced = size_head(model, dataset.label_names, multi_label=dataset.multi_label, seed=settings.seed)
     model.to(accelerator.device)
     optimizer = trainer.optimizer
     if optimizer is None:
@@ -203,8 +205,8 @@ def start_run(
     else:
         swap_parameters(optimizer, replaced)
     class_weights = None
-    if settings.class_weights == "balanced":
-        weights = balanced_class_weights(dataset.label_ids, len(dataset.label_names))
+    if settings.class_weights == "balanced" and dataset.label_names:
+        weights = balanced_class_weights(dataset.targets(range(len(dataset))), len(dataset.label_names))
         class_weights = torch.tensor(weights, device=accelerator.device)
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
     return Run(
@@ -316,7 +318,7 @@ def take_step(
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise UserError(
             f"loss {loss.item()} and gradient norm {float(norm)} at step {state.step + 1}; the step was not taken",
-            where=", ".join(run.loader.dataset.rows.places[row] for row in rows[:8]),
+            where=", ".join(run.loader.dataset.places[row] for row in rows[:8]),
             mend="look at these rows and lower --lr",
         )
     run.stepper.step()

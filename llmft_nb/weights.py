@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .core import UserError, stream_seed
-from .modeling import LLMForSequenceClassification, quiet_loading
+from .bases import quiet_loading
+from .modeling import TunableModel
 from .strategy import model_parts
 
 # %% ../nbs/05_weights.ipynb #f0732fce
@@ -55,7 +56,7 @@ def fresh_twin(
 # %% ../nbs/05_weights.ipynb #306c5e02
 @torch.no_grad()
 def initialise(
-    model: LLMForSequenceClassification,  # Changed in place; its head sized
+    model: TunableModel,  # Changed in place; its head sized
     init: Init,  # What to draw anew
     seed: int,  # The run's seed
 ) -> list[str]:  # Names of all weights that start at random, sorted

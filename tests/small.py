@@ -35,9 +35,8 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-def small_network(kind: str, vocab_size: int, seed: int = 0, **changes: Any) -> Any:
-    "A random transformers base model of two blocks, 32 wide."
-    import torch
+def small_config(kind: str, vocab_size: int, **changes: Any) -> Any:
+    "The configuration of a transformers model of two blocks, 32 wide."
     import transformers
 
     wide: dict[str, Any] = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
@@ -51,7 +50,15 @@ def small_network(kind: str, vocab_size: int, seed: int = 0, **changes: Any) -> 
         "Llama": plain | {"num_key_value_heads": 1},
         "Qwen3": plain | {"num_key_value_heads": 1, "head_dim": 16},
     }
-    config = getattr(transformers, f"{kind}Config")(**(wide | own[kind] | changes))
+    return getattr(transformers, f"{kind}Config")(**(wide | own[kind] | changes))
+
+
+def small_network(kind: str, vocab_size: int, seed: int = 0, **changes: Any) -> Any:
+    "A random transformers base model of two blocks, 32 wide."
+    import torch
+    import transformers
+
+    config = small_config(kind, vocab_size, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(transformers, f"{kind}Model")(config)
