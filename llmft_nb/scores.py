@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['wilson_interval', 'Score', 'score_share', 'right_answers', 'binomial_midp', 'PairedTest', 'mcnemar_midp',
-           'majority_baseline', 'tfidf_baseline', 'Comparison', 'compare_with', 'label_scores', 'confused_pairs',
-           'worst_harm_rate']
+           'majority_baseline', 'tfidf_baseline', 'nearest_rows', 'vote', 'knn_baseline', 'Comparison', 'compare_with',
+           'label_scores', 'confused_pairs', 'worst_harm_rate']
 
 # %% ../nbs/08a_scores.ipynb #be1f1ccf
 import math
@@ -167,6 +167,73 @@ def tfidf_baseline(
     columns = MultiLabelBinarizer(classes=names)
     model.fit(list(train_texts), columns.fit_transform(train_labels))
     return [sorted(row) for row in columns.inverse_transform(model.predict(list(test_texts)))]
+
+# %% ../nbs/08a_scores.ipynb #2027c396
+def nearest_rows(
+    train_features: np.ndarray,  # Features of the training rows (N, D)
+    features: np.ndarray,  # Features of the rows to answer (M, D)
+    n_nearest: int,  # Neighbours of each
+    without: np.ndarray | None = None,  # A training row that each row must not find: itself; None forbids none (M,)
+) -> tuple[np.ndarray, np.ndarray]:  # Training rows, nearest first, and their cosines (M, n_nearest)
+    "The nearest training rows by cosine; of equally near ones the first."
+    vectors = []
+    for name, array in (("train_features", train_features), ("features", features)):
+        wide = np.asarray(array, dtype=np.float64)
+        if wide.ndim != 2 or not np.isfinite(wide).all() or wide.shape[1] != np.shape(train_features)[1]:
+            where = f"{name}, shape {wide.shape}"
+            raise UserError("features must be finite rows of one width", where=where, mend="look at the rows' features")
+        vectors.append(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12))
+    n_at_once = max(1, 8_000_000 // max(1, len(vectors[0])))
+    places, cosines = [], []
+    for start in range(0, len(vectors[1]), n_at_once):
+        near = np.round(vectors[1][start : start + n_at_once] @ vectors[0].T, 9)  # So that equal means equal
+        if without is not None:
+            near[np.arange(len(near)), without[start : start + n_at_once]] = -np.inf
+        order = np.argsort(-near, axis=1, kind="stable")[:, :n_nearest]
+        places.append(order)
+        cosines.append(np.take_along_axis(near, order, axis=1))
+    return np.concatenate(places), np.concatenate(cosines)
+
+# %% ../nbs/08a_scores.ipynb #c0547db8
+def vote(
+    labels: Sequence[Any],  # Labels of the neighbours: names, or lists of them
+    cosines: np.ndarray,  # How near each is, -1 to 1
+) -> Any:  # A name, or a sorted list of those with more than half of the weight
+    "The neighbours' answer, each weighted by one over its distance."
+    weights: dict[str, float] = {}
+    for label, cosine in zip(labels, cosines, strict=True):
+        for name in label if isinstance(label, list) else [label]:
+            weights[name] = weights.get(name, 0.0) + 1 / max(1 - float(cosine), 1e-6)
+    if labels and isinstance(labels[0], list):
+        whole = sum(1 / max(1 - float(cosine), 1e-6) for cosine in cosines)
+        return sorted(name for name, weight in weights.items() if weight > whole / 2)
+    return min(weights, key=lambda name: (-round(weights[name], 6), name))
+
+# %% ../nbs/08a_scores.ipynb #f7654ecf
+def knn_baseline(
+    train_features: np.ndarray,  # The untuned model's features of the training rows (N, D)
+    train_labels: Sequence[Any],  # Their label names, or lists of them
+    test_features: np.ndarray,  # Features of the rows to answer (M, D)
+    k: int | None = None,  # Neighbours; None: the best of 1, 3, 5, 9 and 15 on the training rows
+) -> list[Any]:  # A label name for each row, or a sorted list of them
+    "Answer like the nearest training rows, by the features of the untuned model."
+    n, labels = len(train_labels), list(train_labels)
+    if n == 0 or n != len(train_features) or (k is not None and k < 1):
+        where = f"{len(train_features)} rows of features, {n} labels, k {k}"
+        raise UserError("no neighbours to ask", where=where, mend="give each training row a label, and k of 1 or more")
+    if len(test_features) == 0:
+        return []
+    if k is None:
+        asked = np.unique(np.linspace(0, n - 1, min(n, 2000)).astype(int))
+        rows, near = nearest_rows(train_features, np.asarray(train_features)[asked], min(15, n - 1), without=asked)
+        true = [labels[i] for i in asked]
+        n_right = {}
+        for size in (size for size in (1, 3, 5, 9, 15) if size <= n - 1):
+            said = [vote([labels[i] for i in row[:size]], at[:size]) for row, at in zip(rows, near, strict=True)]
+            n_right[size] = int(right_answers(true, said).sum())
+        k = max(n_right, key=lambda size: (n_right[size], -size), default=1)
+    rows, near = nearest_rows(train_features, test_features, min(k, n))
+    return [vote([labels[i] for i in row], at) for row, at in zip(rows, near, strict=True)]
 
 # %% ../nbs/08a_scores.ipynb #246ed5e3
 @dataclass(frozen=True)
