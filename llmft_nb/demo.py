@@ -12,7 +12,7 @@ from typing import Any
 
 from .core import UserError
 from .finetune import FinishedRun, finetune
-from .modeling import find_model, load_tokenizer, quiet_loading
+from .bases import find_model, load_tokenizer, quiet_loading
 from .splits import find_notice
 
 # %% ../nbs/10b_demo.ipynb #3fafcc31

@@ -17,8 +17,7 @@ from typing import Any
 
 from .checkpoint import remove_folder
 from .core import RunRecord, UserError, probe_device, read_record, write_atomic
-from .modeling import LLMForSequenceClassification
-from .rows import Rows
+from .modeling import TunableModel
 
 # %% ../nbs/09_runs.ipynb #b275e9f5
 OWN_NAMES = {"run.json", "metrics.jsonl", "timings.jsonl", "checkpoints", "model", "report.html", "README.md"}
@@ -79,7 +78,7 @@ def describe_environment() -> dict[str, Any]:  # Versions, device, threads
 
 # %% ../nbs/09_runs.ipynb #4f31886d
 def save_model(
-    model: LLMForSequenceClassification,  # With its best weights
+    model: TunableModel,  # With its best weights
     out: Path,  # The run's folder
 ) -> None:
     "Write the folder `model`, whole or not at all."
@@ -92,21 +91,9 @@ def save_model(
 # %% ../nbs/09_runs.ipynb #1573e2d1
 def save_answers(
     out: Path,  # The run's folder
-    rows: Rows,  # Test rows
-    answers: Sequence[Mapping[str, Any]],  # With "label" and "probabilities"
-    untuned_answers: Sequence[Any],  # Labels before tuning
+    lines: Sequence[Mapping[str, Any]],  # Test rows with their answers, as the task tells them
 ) -> None:
     "Write each test row with its answers to `test_predictions.jsonl`."
-    lines = [
-        {
-            **row,
-            "place": place,
-            "predicted": answer["label"],
-            "untuned": before,
-            "probabilities": answer["probabilities"],
-        }
-        for row, place, answer, before in zip(rows, rows.places, answers, untuned_answers, strict=True)
-    ]
     write_atomic(out / "test_predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 # %% ../nbs/09_runs.ipynb #c2a95a50
@@ -123,17 +110,20 @@ def list_runs(
         except UserError as error:
             lines.append({"run": path.parent.name, "status": f"unreadable: {error.what}"})
             continue
-        test = record.scores.get("test", {}).get("accuracy", {})
+        headline = record.scores.get("test", {}).get("headline", "accuracy")
+        test = record.scores.get("test", {}).get(headline, {})
         lines.append(
             {
                 "run": path.parent.name,
                 "status": record.status,
+                "task": record.task,
                 "data": record.data.get("source"),
                 "model": record.model.get("name"),
                 "strategy": record.settings.get("strategy"),
                 "seed": record.settings.get("seed"),
-                "valid_accuracy": record.scores.get("validation", {}).get("accuracy"),
-                "test_accuracy": test.get("value"),
+                "score": headline,
+                "valid": record.scores.get("validation", {}).get(headline),
+                "test": test.get("value"),
                 "test_interval": [test["low"], test["high"]] if test else None,
             }
         )

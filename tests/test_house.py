@@ -143,7 +143,7 @@ def test_a_planted_import_is_caught(line, words):
 
 
 def test_numbers_give_the_order():
-    names = ["00b_core", "01a_rows", "01b_tokens", "02_modeling", "06a_objectives", "10a_finetune", "10b_cli"]
+    names = ["00b_core", "01a_rows", "01b_tokens", "02b_modeling", "06a_objectives", "10a_finetune", "10b_cli"]
     assert [house.step_of(name) for name in names] == sorted(house.step_of(name) for name in names)
 
 

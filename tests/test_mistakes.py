@@ -306,7 +306,7 @@ def silent_server() -> Iterator[str]:
 HUB = """
 import sys, time
 from llmft_nb.core import UserError
-from llmft_nb.modeling import find_model
+from llmft_nb.bases import find_model
 from llmft_nb.rows import read_rows
 import huggingface_hub, datasets
 for look_up in (find_model, read_rows):
@@ -449,7 +449,7 @@ def test_train_json(usual: list[str], at_home: Path) -> None:
     assert outcome.status == 0, outcome
     told = json.loads(outcome.out)
     assert told["folder"] == "runs/001"
-    assert set(told["scores"]) == {"validation", "test", "question"}
+    assert set(told["scores"]) == {"validation", "test", "question", "forgetting"}
     assert told["scores"]["test"]["accuracy"]["n"] == 24
     assert {path.name for path in (at_home / "runs" / "001").iterdir()} == {
         *("run.json", "metrics.jsonl", "timings.jsonl", "report.html", "README.md", "checkpoints", "model"),

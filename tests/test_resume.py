@@ -85,8 +85,8 @@ class Training:
 
     def run(self, folder: Path, *, resume: bool = False, callbacks: Any = (), **settings: Any) -> Ended:
         from llmft_nb.checkpoint import load_checkpoint
+        from llmft_nb.classify import make_evaluate
         from llmft_nb.data import TextDataLoader, TextDataset
-        from llmft_nb.finetune import make_evaluate
         from llmft_nb.hparams import TrainSettings
         from llmft_nb.modeling import LLMForSequenceClassification
         from llmft_nb.training import LLMTrainer
