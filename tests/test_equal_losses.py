@@ -130,6 +130,9 @@ def test_any_split_of_a_step_has_the_same_gradient(one_thread, kind, model_class
         grads = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
         found.append((loss.item(), torch.cat(grads)))
     whole_loss, whole = found[0]
+    plain = plain_loss(model, loader.dataset.batch(range(7)))
+    assert abs(whole_loss - plain.item()) < 1e-5 * max(1.0, plain.item())  # Divided by what is supervised, not by rows
+    assert (gradient(model, plain) - whole).norm() < 1e-4 * whole.norm()
     for loss, parts in found[1:]:
         assert abs(loss - whole_loss) < 1e-5 * max(1.0, whole_loss)
         assert (parts - whole).norm() < 1e-4 * whole.norm()
