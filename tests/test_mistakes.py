@@ -165,7 +165,7 @@ MISTAKES: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "top of nothing": ({"strategy": "top:0"}, ["unknown strategy", "strategy top:0"]),
     "top of a word": ({"strategy": "top:two"}, ["unknown strategy", "strategy top:two"]),
     "K larger than the model": ({"strategy": "top:3"}, ["2 blocks", "strategy top:3", "choose top:1 to top:2"]),
-    "unknown init": ({"init": "zeros"}, ["unknown initialisation", "init zeros", "choose pretrained"]),
+    "unknown init": ({"init": "zeros"}, ["unknown init", "init zeros", "choose pretrained"]),
     "init larger than the model": ({"init": "top:3"}, ["2 blocks", "init top:3", "top:1 to top:2"]),
     "no such model path": ({"model": "./no/such/model"}, ["no such model", "tiny"]),
     "model is a file": ({"model": "{wrong}/a_file"}, ["no such model", "a_file"]),
@@ -505,7 +505,7 @@ def test_predict_speaks_json_from_arguments_a_file_and_a_pipe(small_run: Path, s
             assert line["probabilities"] == pytest.approx(trained["probabilities"], abs=1e-5)
     plain = llmft("predict", small_run, texts[0])
     chance = kept[0]["probabilities"][kept[0]["predicted"]]
-    assert (plain.status, plain.out) == (0, f"{kept[0]['predicted']} {100 * chance:.0f} %\t{texts[0]}\n")
+    assert (plain.status, plain.out) == (0, f"{kept[0]['predicted']} ({100 * chance:.0f} %)\t{texts[0]}\n")
 
 
 def test_pipe_in_a_process(small_run: Path) -> None:
@@ -548,7 +548,9 @@ def test_other_commands_speak_json(small_run: Path, small_files: Path, small_mod
     assert (line["run"], line["status"]) == ("finished", "finished")
 
     checked = llmft("check", small_files / "train.jsonl", small_files / "test.jsonl", "--json")
-    assert "66" in json.loads(checked.out)["rows"] and "no leaks" in json.loads(checked.out)["leaks"]
+    found = json.loads(checked.out)
+    assert (found["n_rows"], found["counts"]["leaks"], found["counts"]["copies"]) == (66, 0, 0)
+    assert found["findings"]["leaks"].startswith("no leaks") and "66" in found["findings"]["rows"]
 
     tokens = llmft("tokens", small_files / "train.jsonl", "--model", small_model, "--json")
     assert json.loads(tokens.out)["n_rows"] == 66
