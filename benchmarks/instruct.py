@@ -10,8 +10,9 @@ of the model's 512 positions), so `too_long="drop"` keeps conversations that fit
 number left out is printed. Validation questions are all kept, whatever the length of their reference answers: of
 `--prompts` of them, drawn evenly, the share is printed whose written answer runs past its end, that is, has not ended
 within `--max-new-tokens`. It is measured twice, plain greedy and with the guard against repeated runs
-(`--no-repeat-ngram`); the figure to reach, at most 2 % on medquad's validation prompts, is asked of `--judge`.
-Ends with status 1 where it is missed.
+(`--no-repeat-ngram`, by default the task's own); the figure to reach, at most 2 % on medquad's validation prompts, is
+asked of `--judge`. What the guard may cost is printed, too: the share of right answers that say such a run twice.
+Ends with status 1 where the figure is missed.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ from llmft_nb.callbacks import Callback, TrainState
 from llmft_nb.decoding import generate
 from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.finetune import finetune
+from llmft_nb.hparams import TASK_DEFAULTS
 from llmft_nb.instruct import evenly
 from llmft_nb.predict import Predictor
 from llmft_nb.rows import Rows, read_rows
 from llmft_nb.scores import score_share
+
+GUARD = TASK_DEFAULTS["instruct"]["no_repeat_ngram"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,22 @@ def whole(rows: Rows, recipe: Recipe, max_length: int) -> Rows:
     return rows.subset(kept)
 
 
+def says_twice(ids: Sequence[int], n_tokens: int) -> bool:
+    "Whether an answer says some run of tokens twice."
+    runs = [tuple(ids[start : start + n_tokens]) for start in range(len(ids) - n_tokens + 1)]
+    return len(set(runs)) < len(runs)
+
+
+def print_cost(rows: Rows, n_new: int, no_repeat: int) -> None:
+    "How many right answers the guard would not let pass."
+    tokenizer, _ = load_tokenizer(find_model("tiny"))
+    answers = [row["messages"][-1]["content"] for row in rows]
+    ids = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+    for n_tokens in sorted({4, 8, no_repeat, 32}):
+        share = score_share(sum(says_twice(one[:n_new], n_tokens) for one in ids), len(ids))
+        print(f"          right answers that say a run of {n_tokens} tokens twice: {share.describe()}", flush=True)
+
+
 def endless(predictor: Predictor, prompts: Sequence[Sequence[int]], n_new: int, no_repeat: int) -> tuple[Any, float]:
     "The share of answers that have not ended, with its interval, and the middle length of those that have."
     model = predictor.model
@@ -152,6 +172,7 @@ def measure(name: str, arguments: argparse.Namespace) -> bool:
         shares[how], middle = endless(predictor, asked, n_new, no_repeat)
         words = "plain greedy" if how == "plain" else f"greedy, no run of {no_repeat} tokens twice"
         say(started, f"run past their end, {words}: {shares[how].describe()}; the others take {middle} tokens (median)")
+    print_cost(check_instruct(read["valid"], prompt_template=recipe.template), n_new, arguments.no_repeat_ngram)
     reached = recipe.most_endless is None or shares[arguments.judge].value <= recipe.most_endless
     if recipe.most_endless is not None:
         verdict = "reached" if reached else "MISSED"
@@ -186,7 +207,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=300, help="validation prompts for the share that never ends")
     parser.add_argument("--max-length", type=int, help="else the set's own number")
     parser.add_argument("--max-new-tokens", type=int, help="else the set's own number")
-    parser.add_argument("--no-repeat-ngram", type=int, default=4, help="length of runs that are not said twice")
+    parser.add_argument("--no-repeat-ngram", type=int, default=GUARD, help="tokens in a row not said twice")
     parser.add_argument("--judge", choices=["plain", "guarded"], default="guarded", help="which the figure is asked of")
     arguments = parser.parse_args()
     if "LLMFT_DATA" not in os.environ:
