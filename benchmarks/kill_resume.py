@@ -1,8 +1,9 @@
 """Kill a run with `kill -9` at random instants, resume it, and see that it ends as one left alone.
 
-    python benchmarks/kill_resume.py --kills 20 --seed 0 --strategy full
+    python benchmarks/kill_resume.py --kills 20 --seed 0 --task classify --strategy full
 
-The run fine-tunes the embedded model on some rows of the house pharmacy, with one thread, an evaluation twice an
+The run fine-tunes the embedded model on some rows of the house pharmacy (its questions and verdicts; the products
+named in them; the reasons given; or the bare texts, as the task asks), with one thread, an evaluation twice an
 epoch and a checkpoint every few steps. Instants are uniform from the first file of the run to its end, so that they
 fall into steps, evaluations, the writing of checkpoints, the test and the saving. A third of the resumed runs is
 killed again. Compared are the tuned weights, the log, the answers to the test rows, the scores and the last checkpoint
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +112,7 @@ def load_modules() -> None:
     import llmft_nb.finetune  # noqa: F401
 
     _ = transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer, transformers.get_scheduler
+    _ = transformers.AutoModelForTokenClassification, transformers.AutoModelForCausalLM, transformers.GenerationConfig
 
 
 def digest(
@@ -165,8 +168,22 @@ def under_way(
     return next((words for words, is_so in signs.items() if is_so), "training or scoring")
 
 
+def task_row(
+    row: dict[str, Any],  # Of the house pharmacy
+    task: str,  # What is learnt
+) -> dict[str, Any]:  # The same as the task wants it
+    "A question with its verdict, its products, its reason, or nothing."
+    if task == "tag":
+        words = re.findall(r"\w+|[^\w\s]", row["text"])
+        return {"tokens": words, "ner_tags": ["B-product" if word in row["products"] else "O" for word in words]}
+    if task == "instruct":
+        return {"prompt": row["text"], "completion": row["reason"]}
+    return {"text": row["text"]} | ({"label": row["label"]} if task == "classify" else {})
+
+
 def prepare_data(
     folder: Path,  # Where the files go
+    task: str,  # What is learnt
     n_train: int,  # Training rows
 ) -> list[str]:  # Arguments that name them
     "Cut some rows from the house pharmacy."
@@ -175,7 +192,8 @@ def prepare_data(
     arguments = []
     for option, split, n_rows in (("data", "train", n_train), ("valid", "valid", 80), ("test", "test", 80)):
         lines = (assets_folder() / "data" / "pharmacy" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        (folder / f"{split}.jsonl").write_text("\n".join(lines[:n_rows]) + "\n", encoding="utf-8")
+        rows = [task_row(json.loads(line), task) for line in lines[:n_rows]]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         arguments += [f"--{option}", str(folder / f"{split}.jsonl")]
     return arguments
 
@@ -239,7 +257,9 @@ def run_kills(
     "The whole comparison."
     if chosen.start == "fork":
         load_modules()
-    command = ["train", *prepare_data(parent, chosen.rows), "--model", chosen.model, "--strategy", chosen.strategy]
+    command = ["train", *prepare_data(parent, chosen.task, chosen.rows), "--task", chosen.task]
+    command += ["--model", chosen.model, "--strategy", chosen.strategy, "--max-length", "64"]
+    command += ["--n-written", "8", "--max-new-tokens", "8"] if chosen.task == "instruct" else []
     command += ["--epochs", str(chosen.epochs), "--batch-size", "8", "--save-every", "5", "--evals-per-epoch", "2"]
     command += ["--precision", "f32", "--seed", str(chosen.seed), "--question", "May I take both?", "--json"]
     alone, log = parent / "alone", parent / "alone.log"
@@ -263,7 +283,9 @@ def run_kills(
             verdicts.append(alike)
         if len(verdicts) == chosen.kills:
             break
-    print(f"{sum(verdicts)} of {len(verdicts)} identical (strategy {chosen.strategy}, seed {chosen.seed})")
+    print(
+        f"{sum(verdicts)} of {len(verdicts)} identical ({chosen.task}, strategy {chosen.strategy}, seed {chosen.seed})"
+    )
     return len(verdicts) == chosen.kills and all(verdicts)
 
 
@@ -272,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many runs are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the instants")
+    parser.add_argument("--task", choices=("classify", "tag", "instruct", "text"), default="classify")
     parser.add_argument("--strategy", default="full", help="full, top:K or head")
     parser.add_argument("--model", default="tiny", help="catalogue name or folder")
     parser.add_argument("--rows", type=int, default=240, help="training rows")

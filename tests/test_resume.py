@@ -141,13 +141,14 @@ def alone(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Ended
 # --- killed ---
 
 
-def test_killed_at_random_instants(small_model: Path) -> None:
+@pytest.mark.parametrize(("task", "n_kills"), [("classify", 3), ("tag", 2), ("instruct", 2), ("text", 2)])
+def test_killed_at_random_instants(task: str, n_kills: int, small_model: Path) -> None:
     "The short form of `benchmarks/kill_resume.py`, with real processes and a real `kill -9`."
     command = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--start", "fork", "--strategy", "top:1"]
-    command += ["--kills", "3", "--model", str(small_model), "--rows", "160", "--epochs", "2"]
+    command += ["--task", task, "--kills", str(n_kills), "--model", str(small_model), "--rows", "160", "--epochs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 of 3 identical" in done.stdout
+    assert f"{n_kills} of {n_kills} identical" in done.stdout
 
 
 def test_reruns_are_identical(training: Training, alone: Ended, tmp_path: Path) -> None:
