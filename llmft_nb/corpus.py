@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,9 +138,10 @@ class CorpusDataset(TokenDataset):
         self,
         indices: Sequence[int],  # Row numbers
         epoch: int = 0,  # Which pass over the data
+        columns: Mapping[str, list[Any]] | None = None,  # The same rows, where they have been read already
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:  # Places asked for, tokens shown there, tokens right there
         "Where some rows are masked in an epoch: a pure function of seed, epoch and row."
-        rows = self.tokens[[int(i) for i in indices]]["labels"]
+        rows = (columns or self.tokens[[int(i) for i in indices]])["labels"]
         drawn = []
         for index, row in zip(indices, rows, strict=True):
             labels, seed = np.asarray(row), stream_seed(self.seed, "mask", epoch, int(index))
@@ -168,7 +169,8 @@ class CorpusDataset(TokenDataset):
             return super().batch(indices, epoch)
         import torch
 
-        batch, drawn = collate(self, indices), self.masks(indices, epoch)
+        columns = self.tokens[[int(i) for i in indices]]
+        batch, drawn = collate(self, indices, columns), self.masks(indices, epoch, columns)
         width = batch["input_ids"].shape[1]
         keep = np.concatenate([chosen + k * width for k, (chosen, _, _) in enumerate(drawn)])
         batch["keep"] = torch.from_numpy(keep)

@@ -96,8 +96,9 @@ class TokenDataset:
         "Tensors of some rows: what a model is given, where it has to answer, and what is right there."
         import torch
 
-        batch = collate(self, indices)
-        labels = pad_column(self.tokens[[int(i) for i in indices]]["labels"], batch["input_ids"].shape[1], NO_TARGET)
+        columns = self.tokens[[int(i) for i in indices]]
+        batch = collate(self, indices, columns)
+        labels = pad_column(columns["labels"], batch["input_ids"].shape[1], NO_TARGET)
         batch["keep"] = torch.nonzero(labels.flatten() != NO_TARGET).flatten()
         batch["labels"] = labels.flatten()[batch["keep"]]
         return batch
@@ -217,11 +218,11 @@ def pad_column(
 def collate(
     dataset: TokenDataset,  # Where the rows are
     indices: Sequence[int],  # Which rows, in which order
+    columns: Mapping[str, list[Any]] | None = None,  # The same rows, where they have been read already
 ) -> "dict[str, torch.Tensor]":  # input_ids, attention_mask (N, T), perhaps token_type_ids; for packed rows more
     "Put rows into one rectangle, padded on the right to the longest of them."
-
     chosen = [int(i) for i in indices]
-    columns = dataset.tokens[chosen]
+    columns = dataset.tokens[chosen] if columns is None else columns
     width = int(dataset.lengths[chosen].max())
     batch = {"input_ids": pad_column(columns["input_ids"], width, dataset.tokenizer.pad_token_id)}
     if "token_type_ids" in columns:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['choose_tokens', 'RepeatGuard', 'TokenChooser', 'end_ids', 'position_limit', 'new_token_room', 'plan_batches',
-           'pad_left', 'Generated', 'evaluation_mode', 'blank_settings', 'generate_batch', 'generate', 'answer_text',
-           'stop_reasons', 'token_steps', 'text_pieces', 'stream_tokens']
+           'pad_left', 'Generated', 'blank_settings', 'generate_batch', 'generate', 'answer_text', 'stop_reasons',
+           'token_steps', 'text_pieces', 'stream_tokens']
 
 # %% ../nbs/06c_decoding.ipynb #006cb6bc
 import contextlib
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .core import UserError, stream_seed
+from .modeling import asking
 
 # %% ../nbs/06c_decoding.ipynb #f912f8b6
 def choose_tokens(
@@ -211,20 +212,6 @@ class Generated:
     n_prompt: int  # Tokens of the prompt
     log_probability: float | None = None  # Of all `token_ids` together, before temperature and top_p; None: not known
 
-# %% ../nbs/06c_decoding.ipynb #005b0b1d
-@contextlib.contextmanager
-def evaluation_mode(
-    network: torch.nn.Module,  # Any module
-) -> Iterator[None]:
-    "No dropout for a while; each module's mode is put back."
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
 # %% ../nbs/06c_decoding.ipynb #47ee83d0
 @contextlib.contextmanager
 def blank_settings(
@@ -296,7 +283,7 @@ def generate(
     known_pad = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < n_vocabulary
     pad_id = tokenizer.pad_token_id if known_pad else 0
     answers: dict[int, Generated] = {}
-    with evaluation_mode(network), blank_settings(network):
+    with asking(network), blank_settings(network):
         for batch in plan_batches([len(ids) for ids in prompts], room, batch_tokens):
             n_new = room[batch[0]]
             chooser = TokenChooser(batch, n_new, temperature, top_p, seed, no_repeat_ngram)
@@ -341,7 +328,7 @@ def token_steps(
         extra["logits_to_keep"] = 1  # scores of the prompt's other tokens would fill the memory
     new_ids = torch.tensor([list(prompt_ids)], device=network.get_input_embeddings().weight.device)
     for _ in range(n_steps):
-        with evaluation_mode(network):  # each step anew: whoever has the piece may train, or stream another answer
+        with asking(network):  # each step anew: whoever has the piece may train, or stream another answer
             found = network(input_ids=new_ids, **extra)
         extra["past_key_values"] = found.past_key_values
         new_ids = chooser.choose(found.logits[:, -1].float())[:, None]

@@ -7,15 +7,13 @@ __all__ = ['evenly', 'few_shot_prompts', 'is_answered', 'answer_of', 'nearest_an
            'judge_losses']
 
 # %% ../nbs/09c_instruct.ipynb #7b4d94ad
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from .answers import answer_columns
-from .data import TokenDataset
 from .decoding import position_limit
 from .dialogues import InstructDataset, check_instruct
 from .inference import row_losses
@@ -26,7 +24,7 @@ from .resampling import PERPLEXITY, mean_score, paired_permutation, perplexity_s
 from .rows import Rows, row_text
 from .scores import score_share
 from .splits import Splits, TaskRows
-from .task import Task, make_loss_evaluate, plain_score
+from .task import Task, plain_score
 
 # %% ../nbs/09c_instruct.ipynb #6471ca5c
 def evenly(
@@ -143,13 +141,6 @@ class InstructTask(Task):
             train_on=settings.train_on,
             too_long=settings.too_long,
         )
-
-    def evaluate(
-        self,
-        dataset: TokenDataset,  # Validation rows
-    ) -> Callable[[nn.Module], dict[str, float]]:  # Model to "log_likelihood", "perplexity" and "loss"
-        "A function that scores a model on validation rows."
-        return make_loss_evaluate(dataset)
 
     def answers(
         self,

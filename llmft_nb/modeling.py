@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASK_WORDS', 'load_network', 'head_parameters', 'output_layer', 'TunableModel', 'LLMForSequenceClassification',
            'new_output_layer', 'size_head', 'only_at', 'PositionModel', 'LLMForTokenClassification', 'LLMForCausalLM',
-           'LLMForMaskedLM', 'model_family']
+           'LLMForMaskedLM', 'asking', 'model_family']
 
 # %% ../nbs/02b_modeling.ipynb #a84cfb75
 import contextlib
@@ -279,6 +279,21 @@ class LLMForMaskedLM(PositionModel):
     "A language model that fills in: scores of every token that may stand at a masked place."
 
     kind = "MaskedLM"
+
+# %% ../nbs/02b_modeling.ipynb #ccb2e957
+@contextlib.contextmanager
+def asking(
+    model: nn.Module,  # Put into evaluation mode, and back afterwards, module by module
+) -> Iterator[torch.device]:  # Where its first weight lies
+    "Ask a model: no dropout, no gradients, and its modes as they were."
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 # %% ../nbs/02b_modeling.ipynb #0999380d
 def model_family(

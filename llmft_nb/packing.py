@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .core import UserError
-from .tokens import NO_TARGET, windows
+from .tokens import NO_TARGET, special_ends, windows
 
 # %% ../nbs/01e_packing.ipynb #f4acce40
 def document_frame(
@@ -33,11 +33,7 @@ def document_frame(
             where=f"objective {objective}",
             mend="use the objective causal, or an encoder",
         )
-    probe = "a"
-    inside = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    framed = tokenizer(probe)["input_ids"]
-    n_front = next(i for i in range(len(framed)) if framed[i : i + len(inside)] == inside)
-    return framed[:n_front], framed[n_front + len(inside) :]
+    return special_ends(tokenizer)
 
 # %% ../nbs/01e_packing.ipynb #5ad08976
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ def read_rows(
 ALIASES = {
     "text": ("question", "sentence", "sentence1", "content", "review", "utterance", "prompt", "input"),
     "label": ("intent", "category", "class", "target", "sentiment", "verdict", "answer"),
+    "tokens": ("words", "token", "sentence", "text"),
+    "ner_tags": ("tags", "labels", "ner", "entities", "pos_tags", "label"),
 }
 
 # %% ../nbs/01a_rows.ipynb #fb783014
@@ -94,7 +96,9 @@ def check_columns(
     there = sorted({key for row in rows for key in row})
     for name in needed:
         if name not in there:
-            near = [key for key in ALIASES[name] if key in there] or difflib.get_close_matches(name, there, n=1)
+            near = [key for key in ALIASES[name] if key in there and key not in needed] or difflib.get_close_matches(
+                name, there, n=1
+            )
             raise UserError(
                 f"no row has a field {name!r}",
                 where=rows.source,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Found', 'PART_CHARACTERS', 'N_DAMAGED', 'open_stream', 'jsonl_rows', 'open_text', 'csv_rows', 'parquet_rows',
-           'text_rows', 'file_rows', 'memory_rows', 'row_text', 'TextStream', 'stream_texts', 'text_hash', 'TextPart',
+           'text_rows', 'file_rows', 'memory_rows', 'field_text', 'TextStream', 'stream_texts', 'text_hash', 'TextPart',
            'TextSplits', 'split_texts']
 
 # %% ../nbs/01d_streams.ipynb #a3a8a076
@@ -206,7 +206,7 @@ def memory_rows(
             yield f"row:{i}", error
 
 # %% ../nbs/01d_streams.ipynb #76db9f49
-def row_text(
+def field_text(
     row: Mapping[str, Any],  # A checked row
     field: str,  # Where the text stands
 ) -> str:  # The text, "" where the field is empty
@@ -243,7 +243,7 @@ class TextStream:
             try:
                 if isinstance(row, ValueError):
                     raise row
-                text = row_text(row, self.field)
+                text = field_text(row, self.field)
             except ValueError as error:
                 problems.append(Problem(place, str(error)))
                 if len(problems) == N_DAMAGED:

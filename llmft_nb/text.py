@@ -6,7 +6,7 @@
 __all__ = ['OFFSET_POSITIONS', 'StreamSplits', 'stream_splits', 'document_losses', 'TextTask', 'loss_table']
 
 # %% ../nbs/09c_text.ipynb #7232581c
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import nn
 
 from .core import UserError
 from .corpus import CorpusDataset, build_corpus
-from .data import TokenDataset
 from .inference import row_losses
 from .modeling import TunableModel
 from .objectives import bits_per_byte
@@ -24,7 +23,7 @@ from .resampling import PERPLEXITY, paired_permutation, perplexity_score
 from .rows import check_classify
 from .splits import TaskRows, describe_source, find_licence, find_notice, has_own_splits
 from .streams import TextPart, TextSplits, split_texts, stream_texts, text_hash
-from .task import Task, make_loss_evaluate, plain_score
+from .task import Task, plain_score
 
 # %% ../nbs/09c_text.ipynb #129e6793
 @dataclass(frozen=True)
@@ -145,13 +144,6 @@ class TextTask(Task):
         )
 
     cache_folder: str | Path | None = None  # Where tokenised texts are kept for the next time
-
-    def evaluate(
-        self,
-        dataset: TokenDataset,  # Validation rows
-    ) -> Callable[[nn.Module], dict[str, float]]:  # Model to "log_likelihood", "perplexity" and "loss"
-        "A function that scores a model on validation rows."
-        return make_loss_evaluate(dataset)
 
     def answers(
         self,

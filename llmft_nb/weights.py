@@ -7,7 +7,6 @@ __all__ = ['Init', 'parse_init', 'fresh_twin', 'initialise']
 
 # %% ../nbs/05_weights.ipynb #2098d01b
 import copy
-import re
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from .core import UserError, stream_seed
 from .bases import quiet_loading
 from .modeling import TunableModel
-from .strategy import model_parts
+from .strategy import model_parts, parse_top
 
 # %% ../nbs/05_weights.ipynb #f0732fce
 @dataclass(frozen=True)
@@ -34,14 +33,7 @@ def parse_init(
     text: str,  # "pretrained", "random", or "top:K" with K at least 1
 ) -> Init:  # The same, taken apart
     "Read an initialisation as a user writes it."
-    if text in {"pretrained", "random"}:
-        return Init(text)
-    found = re.fullmatch(r"top:(\d+)", text)
-    if found and int(found.group(1)) >= 1:
-        return Init("top", int(found.group(1)))
-    raise UserError(
-        "unknown initialisation", where=f"init {text}", mend="choose pretrained, random, or top:K (K at least 1)"
-    )
+    return Init(*parse_top(text, "init", ("pretrained", "random")))
 
 # %% ../nbs/05_weights.ipynb #6c2424aa
 def fresh_twin(

@@ -23,7 +23,7 @@ from llmft_nb.cleaning import (
     message_text,
     near_leaks,
     plain_row,
-    row_text,
+    question_text,
     without_leaks,
 )
 from llmft_nb.core import UserError
@@ -306,7 +306,7 @@ def test_the_question_of_every_kind_of_row():
         ({"messages": []}, ""),
     ]
     for row, text in cases:
-        assert row_text(row) == text, row
+        assert question_text(row) == text, row
     assert message_text("as it is", answers=True) == "as it is"
     for wrong in ({}, {"question": "a"}, {"text": 3}, {"text": None}, {"messages": ["a"]}):
         with pytest.raises(UserError):
