@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['ARTICLES', 'UNSPACED', 'NUMBER', 'normalise_answer', 'answer_tokens', 'as_references', 'exact_match', 'harmonic_mean',
-           'token_f1', 'common_length', 'rouge_tokens', 'rouge_l', 'number_value', 'final_number', 'numeric_match',
-           'is_number', 'check_answers', 'answer_columns', 'answer_scores', 'text_metric_info', 'ExactMatch', 'TokenF1',
-           'RougeL', 'NumericMatch']
+           'token_f1', 'common_length', 'rouge_tokens', 'rouge_l', 'rouge_splitter', 'number_value', 'final_number',
+           'numeric_match', 'is_number', 'check_answers', 'answer_columns', 'answer_scores', 'text_metric_info',
+           'ExactMatch', 'TokenF1', 'RougeL', 'NumericMatch']
 
 # %% ../nbs/07a_answers.ipynb #b4355919
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -122,6 +122,15 @@ def rouge_l(
         wanted = tokens(reference)
         scores.append(harmonic_mean(common_length(wanted, said), len(said), len(wanted)))
     return max(scores, default=0.0)
+
+# %% ../nbs/07a_answers.ipynb #cf3f5e39
+def rouge_splitter(
+    references: Iterable[str],  # Right answers
+) -> Callable[[str], list[str]]:  # `rouge_tokens`, or `answer_tokens` where most letters are none that it knows
+    "How ROUGE should split texts of a language: the usual way sees nothing but a to z and digits."
+    letters = [letter for text in references for letter in text if letter.isalpha()]
+    n_latin = sum(letter.isascii() for letter in letters)
+    return rouge_tokens if 2 * n_latin >= len(letters) else answer_tokens
 
 # %% ../nbs/07a_answers.ipynb #6c6fbbee
 NUMBER = re.compile(

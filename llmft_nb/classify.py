@@ -18,7 +18,7 @@ from .data import TextDataset, TokenDataset
 from .inference import decide, pooled_features, predict_logits
 from .modeling import TunableModel, size_head
 from .objectives import classification_loss_sum
-from .rows import Rows, is_multi_label
+from .rows import Rows, check_classify, is_multi_label
 from llmft_nb.scores import (
     compare_with,
     knn_baseline,
@@ -183,6 +183,14 @@ class ClassifyTask(Task):
     ) -> list[dict[str, Any]]:  # What `test_predictions.jsonl` keeps of each row
         "Each test row with its true label, what was answered, and how sure the model was."
         return answer_lines(rows, answers, before["untuned base"])
+
+    def check(
+        self,
+        rows: Rows,  # As they were read
+        model: TunableModel,  # Whose labels, and whether a row may have several
+    ) -> Rows:  # Checked rows
+        "Check rows to be scored against what the model knows."
+        return check_classify(rows, model.label_names or None, multi_label=model.multi_label)
 
 # %% ../nbs/09c_classify.ipynb #f38555ac
 N_NEIGHBOURS = 4000  # Training rows whose features are kept at most, evenly drawn; more hardly change an answer

@@ -7,6 +7,7 @@ __all__ = ['app', 'Json', 'Level', 'Debug', 'train', 'predict', 'evaluate_run', 
            'report', 'demo', 'top', 'main']
 
 # %% ../nbs/10c_cli.ipynb #14dda8e9
+import io
 import json
 import os
 import sys
@@ -149,13 +150,12 @@ def evaluate_run(
 ) -> None:
     "Score a tuned model on rows whose answers are known."
     with exit_statuses(as_json, log_level, debug):
-        from llmft_nb.core import read_record
+        from llmft_nb.core import finite
         from llmft_nb.finetune import evaluate_predictor
         from llmft_nb.predict import load_predictor
 
-        task = read_record(run).task
-        scores = evaluate_predictor(load_predictor(run), data, task=task, columns=parse_columns(columns), split=split)
-        print(json.dumps(scores)) if as_json else show_scores(scores)
+        scores = evaluate_predictor(load_predictor(run), data, columns=parse_columns(columns), split=split)
+        print(json.dumps(finite(scores))) if as_json else show_scores(scores)
 
 # %% ../nbs/10c_cli.ipynb #c27bf7b6
 @app.command()
@@ -330,4 +330,6 @@ def top(
 def main() -> None:
     "The entry point of the command `llmft`."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Before torch is loaded: its threads read it once
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # Whatever the machine's language
     app()

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'UserError', 'Interrupted', 'get_logger', 'stream_seed', 'Device', 'machine_memory_bytes',
-           'probe_device', 'sync_folder', 'write_atomic', 'sha256_file', 'sha256_json', 'RunRecord', 'write_record',
-           'read_record', 'StepClock', 'assets_folder']
+           'probe_device', 'sync_folder', 'write_atomic', 'sha256_file', 'sha256_json', 'RunRecord', 'finite',
+           'write_record', 'read_record', 'StepClock', 'assets_folder']
 
 # %% ../nbs/00b_core.ipynb #eace380b
 import hashlib
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,13 +178,25 @@ class RunRecord:
     test_looks: int = 0  # How often the test split has been scored
     format_version: int = FORMAT_VERSION  # Raised when a reader of an older version would misread
 
+# %% ../nbs/00b_core.ipynb #9d230b47
+def finite(
+    value: Any,  # Of any depth
+) -> Any:  # The same with None for infinite and undefined numbers, which JSON does not know
+    "A value as every reader of JSON can read it."
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 # %% ../nbs/00b_core.ipynb #dd6277fd
 def write_record(
     folder: Path,  # The run's folder
     record: RunRecord,  # What to write
 ) -> None:
     "Write `run.json`, atomically."
-    write_atomic(folder / "run.json", json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(finite(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(folder / "run.json", text + "\n")
 
 # %% ../nbs/00b_core.ipynb #e9a5ad28
 def read_record(

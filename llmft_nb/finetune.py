@@ -10,7 +10,7 @@ __all__ = ['TASKS', 'make_task', 'FinishedRun', 'start_record', 'validation_scor
 # %% ../nbs/10a_finetune.ipynb #7e510b46
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from .checkpoint import check_fingerprint
 from .classify import ClassifyTask
 from .core import Interrupted, RunRecord, StepClock, UserError, get_logger, write_record
 from .data import TextDataLoader, TextDataset, TokenDataset
-from .forgetting import measure_forgetting
+from .forgetting import general_texts, measure_forgetting
 from .hparams import TrainSettings, resolve_settings
 from .instruct import InstructTask
 from .modeling import TunableModel
@@ -124,6 +124,7 @@ class Request:
     choices: dict[str, str]  # "task", "strategy", "init", and "prompt_template" and "system" where given
     resume: bool  # Go on with the run in the folder
     earlier: RunRecord | None  # Its record, if there is one
+    reading: dict[str, Any] = field(default_factory=dict)  # How the rows are read: "columns" and "policy"
 
 # %% ../nbs/10a_finetune.ipynb #b094669c
 def check_request(
@@ -233,7 +234,7 @@ def carry_out(
     folder = request.folder
     train, valid = (task.dataset(rows, model, splits.label_names) for rows in (splits.train, splits.valid))
     record = start_record(splits, task, model, request.settings, request.origins, request.choices)
-    record.data["tokens"] = train.audit.describe()
+    record.data.update(request.reading, tokens=train.audit.describe())
     if getattr(train.audit, "n_truncated", 0):
         get_logger("finetune").warning("training rows: %s", train.audit.describe())
     make_accelerator(request.settings.precision, trackers, folder)  # A tracker that is not there is heard of now
@@ -288,12 +289,14 @@ def finetune(
     given = {name: text for name, text in options.items() if text is not None}
     choices = {"task": task, "strategy": strategy, "init": init, **given}
     request = check_request(choices, model, out, resume, config, settings)
+    request.reading.update(columns=dict(columns or {}), policy=leaks)
     if request.earlier is not None and request.earlier.status == "finished":
         if not {"report.html", "README.md"} <= {path.name for path in request.folder.iterdir()}:
             write_report(request.folder)
         return FinishedRun(request.folder, request.earlier)
     clock, learnt = StepClock(), make_task(task, request.settings, given)
     clock.start("1 prepare data")
+    general = general_texts(general)  # Read now: a wrong name is heard of before the training, not after it
     splits = learnt.prepare(data, valid, test, columns=columns, leaks=leaks)
     clock.start("2-5 base, strategy, settings, weights")
     tuned = learnt.build(model, splits, strategy=strategy, init=init)
@@ -332,7 +335,6 @@ def evaluate_predictor(
     predictor: Predictor,  # A tuned model
     data: Any,  # Rows with their answers: file, folder, catalogue name, hub id, or rows
     *,
-    task: str = "classify",  # What it was tuned for
     columns: Mapping[str, str] | None = None,  # Their column names to ours
     split: str = "test",  # Where a source has several
 ) -> dict[str, Any]:  # The headline's name, and scores with their intervals
@@ -340,4 +342,4 @@ def evaluate_predictor(
     known = {field.name for field in dataclasses.fields(TrainSettings)}
     settings = TrainSettings(**{name: value for name, value in predictor.settings.items() if name in known})
     options = {name: predictor.settings[name] for name in ("prompt_template", "system") if name in predictor.settings}
-    return make_task(task, settings, options).score(predictor.model, data, columns=columns, split=split)
+    return make_task(predictor.task, settings, options).score(predictor.model, data, columns=columns, split=split)

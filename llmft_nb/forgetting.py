@@ -431,6 +431,8 @@ def measure_forgetting(
     if base is None or tuned_lm is None:
         return Forgetting(note, features=features)
     before, after = (lm_perplexity(network, tokenizer, texts, max_length, seed) for network in (base, tuned_lm))
-    drift = None if before.masked or n_samples == 0 else self_drift(base, tuned_lm, tokenizer, n_samples, seed=seed)
+    can_begin = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    can_write = not before.masked and n_samples > 0 and can_begin
+    drift = self_drift(base, tuned_lm, tokenizer, n_samples, seed=seed) if can_write else None
     scores = before.perplexity(), after.perplexity(), perplexity_ratio(before, after)
     return Forgetting(note, *scores, before.bits_per_byte, after.bits_per_byte, drift, features)

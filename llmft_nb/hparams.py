@@ -57,6 +57,12 @@ class TrainSettings:
                 raise UserError(
                     "unknown choice", where=f"{name} {getattr(self, name)}", mend=f"choose {', '.join(choices)}"
                 )
+        if not isinstance(self.packing, bool):
+            raise UserError("neither true nor false", where=f"packing {self.packing!r}", mend="write true or false")
+        if self.no_repeat_ngram == 1:
+            raise UserError(
+                "no word could be said twice", where="no_repeat_ngram 1", mend="choose 0 (off), or 2 and more"
+            )
         for name in WHOLE_NUMBERS:
             if not isinstance(getattr(self, name), int):
                 raise UserError("not a whole number", where=f"{name} {getattr(self, name)}", mend="leave the fraction")
@@ -137,6 +143,7 @@ def resolve_settings(
             if name not in values:
                 raise UserError("unknown setting", where=f"{origin} {name}", mend=f"choose among {', '.join(names)}")
             values[name], origins[name] = value, origin
+    TrainSettings(**values)  # Before anything is made of them
     if origins["micro_batch_size"] == "default" or values["micro_batch_size"] > values["batch_size"]:
         values["micro_batch_size"] = values["batch_size"]
     if origins["overlap"] == "default":

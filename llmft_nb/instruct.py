@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .answers import answer_columns
+from .answers import answer_columns, rouge_splitter
 from .decoding import position_limit
 from .dialogues import InstructDataset, check_instruct
 from .inference import row_losses
@@ -49,9 +49,11 @@ def few_shot_prompts(
     prompts = []
     for row in rows:
         asked, ids = row["messages"][:-1] if is_answered(row) else row["messages"], list[int]()
+        opening = [message for message in asked if message["role"] == "system"]
+        said = asked[len(opening) :]
         for n in range(n_examples, -1, -1):
-            shown = [message for i in middle[:n] for message in train[i]["messages"]]
-            ids = list(render(model.tokenizer, [*shown, *asked], answer_next=True).ids)
+            shown = [message for i in middle[:n] for message in train[i]["messages"] if message["role"] != "system"]
+            ids = list(render(model.tokenizer, [*opening, *shown, *said], answer_next=True).ids)
             if len(ids) + max_new_tokens < limit:
                 break
         prompts.append(ids[-(limit - 1) :])
@@ -96,12 +98,13 @@ def judge_answers(
     others: Mapping[str, Sequence[str]],  # Answers of each alternative
 ) -> dict[str, Any]:  # The "test" part of a record's scores, as far as it is about what was written
     "Score written answers, beside what else there is."
-    ours = answer_columns(list(written), list(references))
+    tokens = rouge_splitter(references)
+    ours = answer_columns(list(written), list(references), tokens)
     found: dict[str, Any] = {"headline": "token_f1"}
     found |= {name: plain_score(mean_score(values)) for name, values in ours.items()}
     found["baselines"] = []
     for name, answers in others.items():
-        columns = answer_columns(list(answers), list(references))
+        columns = answer_columns(list(answers), list(references), tokens)
         paired = paired_permutation(ours["token_f1"], columns["token_f1"])
         line = {**asdict(paired), "name": name, "verdict": paired.verdict()}
         found["baselines"].append(line | {"token_f1": plain_score(mean_score(columns["token_f1"]))})

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .core import UserError
-
 # %% ../nbs/06a_objectives.ipynb #ff852b53
 def classification_loss_sum(
     logits: torch.Tensor,  # Scores, shape (N, C)
@@ -65,17 +63,12 @@ def balanced_class_weights(
     label_ids: Sequence[int] | Sequence[Sequence[float]],  # Labels of all training rows
     n_classes: int,  # Number of classes
 ) -> list[float]:  # One weight a class; their mean over the rows is 1 for single labels
-    "Weights that make every class count alike: rows / (classes × rows of the class)."
+    "Weights that make every class count alike: rows / (classes × rows of the class); 0 where there is no row."
     counts = [0.0] * n_classes
     for label in label_ids:
         if isinstance(label, Sequence):
             counts = [count + float(value) for count, value in zip(counts, label, strict=True)]
         else:
             counts[label] += 1
-    if min(counts) == 0:
-        raise UserError(
-            f"class number {counts.index(0.0)} has no training row",
-            where="class_weights balanced",
-            mend="add rows for it, or train with class_weights none",
-        )
-    return [len(label_ids) / (n_classes * count) for count in counts]
+    n_present = sum(count > 0 for count in counts)
+    return [len(label_ids) / (n_present * count) if count else 0.0 for count in counts]

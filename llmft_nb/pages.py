@@ -9,6 +9,7 @@ __all__ = ['HIDDEN', 'MARKDOWN_MARKUP', 'SCORE_NAMES', 'PLAIN_SCORES', 'SVG_COLO
 
 # %% ../nbs/08b_pages.ipynb #c0597bd2
 import io
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -131,9 +132,11 @@ PLAIN_SCORES = frozenset(
 # %% ../nbs/08b_pages.ipynb #a87e035d
 def score_value(
     name: str,  # Which score, e.g. "accuracy"
-    value: float,  # The score, or one end of its interval
-) -> str:  # E.g. "93.1 %", "12.3"
+    value: float | None,  # The score, or one end of its interval; None where it has no bound
+) -> str:  # E.g. "93.1 %", "12.3", "∞"
     "One number of a score, as people write it."
+    if value is None or math.isinf(value):
+        return "∞"
     return f"{value:.2f}" if name in PLAIN_SCORES else f"{100 * value:.1f} %"
 
 # %% ../nbs/08b_pages.ipynb #ec278ec5

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LogLevel', 'show_error', 'exit_statuses', 'parse_columns', 'text_entry', 'merge_config', 'batches_of', 'show_scores',
-           'show_run', 'show_answer', 'show_table', 'show_value', 'show_demo', 'show_tokens', 'talk']
+           'show_run', 'asked_words', 'show_answer', 'show_table', 'show_value', 'show_demo', 'show_tokens',
+           'take_turn', 'talk']
 
 # %% ../nbs/10b_shell.ipynb #2af6e5d9
 import contextlib
@@ -22,7 +23,7 @@ from typing import Any
 
 import typer
 
-from .core import Interrupted, UserError
+from .core import Interrupted, UserError, finite
 
 # %% ../nbs/10b_shell.ipynb #4790e06f
 class LogLevel(StrEnum):
@@ -72,12 +73,19 @@ def exit_statuses(
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(0) from None
-    except OSError as error:
-        if debug or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    except UnicodeDecodeError as error:
+        if debug:
             raise
-        mend = "make room; a run goes on with --resume"
+        what = f"the input is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+        show_error(UserError(what, where="standard input", mend="convert it, e.g. with iconv -t utf-8"), as_json)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        is_path = error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS}
+        if debug or not ((is_path and error.filename) or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}):
+            raise
+        mend = "check the path" if is_path else "make room; a run goes on with --resume"
         show_error(UserError(f"could not write: {error.strerror}", where=str(error.filename or ""), mend=mend), as_json)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if is_path else 1) from None
 
 # %% ../nbs/10b_shell.ipynb #2be46931
 def parse_columns(
@@ -181,7 +189,9 @@ def show_run(
     "Show what came of a run."
     if as_json:
         print(
-            json.dumps({"folder": str(folder), "scores": record.scores, "seconds": record.seconds}, ensure_ascii=False)
+            json.dumps(
+                finite({"folder": str(folder), "scores": record.scores, "seconds": record.seconds}), ensure_ascii=False
+            )
         )
         return
     test = record.scores["test"]
@@ -196,6 +206,19 @@ def show_run(
     print("seconds: " + "; ".join(f"{name} {value:.1f}" for name, value in record.seconds.items()))
     print(f"run folder: {folder}")
 
+# %% ../nbs/10b_shell.ipynb #5da29119
+def asked_words(
+    row: dict[str, Any],  # As it was asked, in any of the ways that training reads
+) -> str:  # Its text where it has one, else the whole row
+    "What was asked, on one line."
+    from llmft_nb.rows import row_text
+
+    if isinstance(row.get("text"), str) or isinstance(row.get("prompt"), str):
+        return row_text({name: value for name, value in row.items() if name not in {"tokens", "messages"}})
+    if isinstance(row.get("tokens"), list):
+        return " ".join(map(str, row["tokens"]))
+    return json.dumps(row, ensure_ascii=False)
+
 # %% ../nbs/10b_shell.ipynb #e81ba771
 def show_answer(
     row: dict[str, Any],  # As it was asked
@@ -207,9 +230,8 @@ def show_answer(
         print(json.dumps({**row, **answer}, ensure_ascii=False), flush=True)
         return
     from llmft_nb.predict import answer_words
-    from llmft_nb.rows import row_text
 
-    print(f"{answer_words(answer)}\t{row_text(row)}", flush=True)
+    print(f"{answer_words(answer)}\t{asked_words(row)}", flush=True)
 
 # %% ../nbs/10b_shell.ipynb #3b9d1c5b
 def show_table(
@@ -296,6 +318,23 @@ def show_tokens(
     for view in views:
         console.print(view.as_text())
 
+# %% ../nbs/10b_shell.ipynb #b6bc5a40
+def take_turn(
+    session: Any,  # With `ask`, `finished` and `n_dropped`
+    text: str,  # What the user says
+    as_json: bool,  # One object for programs
+    notice: str = "",  # What has to be said with every answer
+) -> None:
+    "Ask, and print the answer piece by piece."
+    if not as_json:
+        for piece in session.ask(text):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        return
+    answer = "".join(session.ask(text))
+    kept = {"text": text, "completion": answer, "finished": session.finished, "n_dropped": session.n_dropped}
+    print(json.dumps(kept | ({"notice": notice} if notice else {}), ensure_ascii=False), flush=True)
+
 # %% ../nbs/10b_shell.ipynb #868420d4
 def talk(
     begin: Callable[[], Any],  # Opens a conversation: something with `ask`, `finished` and `n_dropped`
@@ -315,11 +354,8 @@ def talk(
             return
         if text == "/new":
             session = begin()
-        elif text and as_json:
-            answer = "".join(session.ask(text))
-            kept = {"text": text, "completion": answer, "finished": session.finished, "n_dropped": session.n_dropped}
-            print(json.dumps(kept | ({"notice": notice} if notice else {}), ensure_ascii=False), flush=True)
         elif text:
-            for piece in session.ask(text):
-                print(piece, end="", flush=True)
-            print(flush=True)
+            try:
+                take_turn(session, text, as_json, notice)
+            except UserError as error:  # E.g. too long a line: the conversation stays as it was
+                show_error(error, as_json)

@@ -150,9 +150,17 @@ class Task:
         split: str = "test",  # Where a source has several
     ) -> dict[str, Any]:  # "headline" and the scores
         "Score a tuned model on rows whose answers are known."
-        rows = self.rows.check(read_rows(data, columns, split=split), model.label_names or None, None)
+        rows = self.check(read_rows(data, columns, split=split), model)
         splits = Splits(rows.subset([]), rows.subset([]), rows, model.label_names, LeakReport(0, []))
         return self.judge(splits, self.answers(model, rows), {})
+
+    def check(
+        self,
+        rows: Rows,  # As they were read
+        model: TunableModel,  # Whose labels
+    ) -> Rows:  # Checked rows
+        "Check rows to be scored against what the model knows."
+        return self.rows.check(rows, model.label_names or None, None)
 
     def ask(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from small import small_config, small_rows, write_jsonl
 
 from llmft_nb.core import UserError
 from llmft_nb.finetune import FinishedRun, evaluate_predictor, finetune, make_task
-from llmft_nb.hparams import TrainSettings
-from llmft_nb.predict import load_predictor
+from llmft_nb.hparams import TrainSettings, resolve_settings
+from llmft_nb.predict import load_predictor, open_chat
+from llmft_nb.strategy import parse_strategy
 
 PLACES = ["Kiel", "Norden", "Old Harbour", "New Mill", "Sandwick"]
 
@@ -198,7 +201,7 @@ def test_served_as_trained(kind, task, finished, one_thread):
 @pytest.mark.parametrize("task", list(ROWS))
 def test_scored_again_on_other_rows(task, finished, one_thread):
     predictor = load_predictor(finished("Llama", task).folder)
-    scores = evaluate_predictor(predictor, ROWS[task](60)[48:], task=task)
+    scores = evaluate_predictor(predictor, ROWS[task](60)[48:])
     assert scores["headline"] == HEADLINES[task]
     assert scores[scores["headline"]]["n"] == (3 if task == "instruct" else 12)
 
@@ -229,3 +232,193 @@ def test_leaks_between_texts(bases, tmp_path):
     assert run.record.data["n_left_out"] == 3
     with pytest.raises(UserError, match="3 training texts are held out too"):
         finetune(rows, test=rows[:3], leaks="error", out=tmp_path / "refused", **options)
+
+
+# --- asked as trained, refused in time ---
+
+
+def test_an_encoder_does_not_write(bases, tmp_path):
+    with pytest.raises(UserError, match="an encoder cannot write answers"):
+        finetune(instruct_rows(40), task="instruct", model=bases("Bert"), out=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_would_fail_after_training_fails_before_it(bases, tmp_path):
+    "A wrong file of general texts, and test rows in which nothing is to be found."
+    run = {"model": bases("Llama"), "out": tmp_path / "run"} | OPTIONS
+    with pytest.raises(UserError, match="no such file"):
+        finetune(small_rows(40), general=tmp_path / "genral.jsonl", **run)
+    bare = [{"tokens": ["nothing", "here"], "ner_tags": ["O", "O"]}] * 2
+    with pytest.raises(UserError, match="no test row has a span"):
+        finetune(tag_rows(40), task="tag", test=bare, **run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scoring_rows_without_spans(finished, one_thread):
+    bare = [{"tokens": ["nothing", "here"], "ner_tags": ["O", "O"]}]
+    with pytest.raises(UserError, match="no test row has a span"):
+        evaluate_predictor(load_predictor(finished("Bert", "tag").folder), bare)
+
+
+def test_a_model_without_its_run(finished, tmp_path):
+    "A run's model folder is asked as its run; taken out of it, only a classifier tells how it wants to be asked."
+    run = finished("Llama", "tag")
+    assert load_predictor(run.folder / "model").task == "tag"
+    taken = shutil.copytree(run.folder / "model", tmp_path / "taken")
+    with pytest.raises(UserError, match="LlamaForTokenClassification is no classifier"):
+        load_predictor(taken)
+    classifier = shutil.copytree(finished("Llama", "classify").folder / "model", tmp_path / "classifier")
+    assert load_predictor(classifier).task == "classify"
+    (tmp_path / "cut").mkdir()
+    shutil.copy(run.folder / "run.json", tmp_path / "cut")
+    with pytest.raises(UserError, match="the run has no model folder"):
+        load_predictor(tmp_path / "cut")
+
+
+@pytest.fixture(scope="module")
+def templated(bases, tmp_path_factory) -> FinishedRun:
+    "A run whose prompts were made of a column, after a system message."
+    rows = [{"question": row["prompt"], "completion": row["completion"]} for row in instruct_rows(40)]
+    folder = tmp_path_factory.mktemp("templated")
+    options = OPTIONS | {"epochs": 1, "max_length": 96, "general": general(folder), "callbacks": ()}
+    options |= {"prompt_template": "Question of a guest: {question}", "system": "Be brief."}
+    return finetune(rows, task="instruct", model=bases("Llama"), out=folder / "run", **options)
+
+
+def test_plain_texts_fill_the_template(templated, one_thread, monkeypatch):
+    import llmft_nb.predict as predict
+
+    asked: list[str] = []
+
+    def note(predictor, prompts):
+        asked.extend(predictor.model.tokenizer.decode(ids) for ids in prompts)
+        return [{"completion": "", "finished": True} for _ in prompts]
+
+    predictor = templated.predictor()
+    monkeypatch.setattr(predict, "write_on", note)
+    predictor.predict([{"question": "who has the cat?"}, "who has the cat?"])
+    assert asked[0] == asked[1]
+    assert "Question of a guest: who has the cat?" in asked[0] and "Be brief." in asked[0]
+    several = dataclasses.replace(predictor, settings=predictor.settings | {"prompt_template": "{a} {b}"})
+    with pytest.raises(UserError, match="it asks for the columns a, b"):
+        several.predict(["who has the cat?"])
+    with pytest.raises(UserError, match="it asks for the columns a, b"):
+        open_chat(several)
+
+
+def test_a_chat_fills_the_template(templated, one_thread):
+    predictor = templated.predictor()
+    session = open_chat(predictor)
+    assert "".join(session.ask("who has the cat?")).strip() == predictor.predict(["who has the cat?"])[0]["completion"]
+    shown = predictor.model.tokenizer.decode(session._render(session.messages[:-1]))
+    assert shown.count("Question of a guest: who has the cat?") == 1
+
+
+def test_examples_stand_behind_one_system_message(templated, one_thread):
+    from llmft_nb.dialogues import check_instruct
+    from llmft_nb.instruct import few_shot_prompts
+    from llmft_nb.rows import read_rows
+
+    rows = check_instruct(read_rows(instruct_rows(20)), system="Be brief.")
+    model = templated.predictor().model
+    (prompt,) = few_shot_prompts(model, rows, rows.subset([0]), n_examples=2)
+    text = model.tokenizer.decode(prompt)
+    assert text.count("Be brief.") == 1 and text.index("Be brief.") < text.index("who has")
+    assert text.count("who has") == 3 and text.count("I have") == 2
+
+
+def test_the_command_that_makes_a_run_again(templated):
+    from llmft_nb.report import repeat_command
+
+    record = json.loads((templated.folder / "run.json").read_text(encoding="utf-8"))
+    words = repeat_command("run", record)
+    assert "--prompt-template 'Question of a guest: {question}'" in words and "--system 'Be brief.'" in words
+    record["data"] |= {"columns": {"answer": "completion"}, "policy": "allow"}
+    record["settings"]["packing"], record["origins"]["packing"] = False, "argument"
+    words = repeat_command("run", record)
+    assert "--columns answer=completion" in words and "--leaks allow" in words
+    assert "--no-packing" in words and "False" not in words
+
+
+def test_one_test_text_leaves_a_record_that_json_can_read(bases, tmp_path, one_thread):
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    rows = text_rows(60)
+    options = OPTIONS | {"task": "text", "model": bases("Llama"), "general": general(tmp_path), "epochs": 1}
+    run = finetune(rows[1:], test=rows[:1], out=tmp_path / "run", callbacks=(), **options)
+    record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert record["scores"]["test"]["perplexity"]["high"] is None
+    assert "∞" in (run.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_long_text_leaves_room_for_what_is_written(finished, one_thread):
+    predictor = finished("Llama", "text").predictor()
+    predictor = dataclasses.replace(predictor, settings=predictor.settings | {"max_new_tokens": 500}, max_length=600)
+    (answer,) = predictor.predict(["The boat went over the water. " * 200])
+    assert set(answer) == {"completion", "finished"}
+
+
+def test_gaps_are_filled_or_refused(finished, one_thread):
+    predictor = finished("Roberta", "text").predictor()
+    mask = predictor.model.tokenizer.mask_token
+    two = predictor.predict([f"The {mask} went over the {mask}."])[0]["fills"]
+    assert [len(fill) for fill in two] == [5, 5]
+    with pytest.raises(UserError, match="a gap stands beyond"):
+        predictor.predict(["The boat went over the water. " * 50 + mask])
+
+
+def test_one_label_a_row_for_a_model_of_several(bases, tmp_path, one_thread):
+    rows = [row | {"label": [row["label"]] if i % 2 else [row["label"], "new"]} for i, row in enumerate(small_rows(48))]
+    options = OPTIONS | {"epochs": 1, "model": bases("Llama"), "general": general(tmp_path), "callbacks": ()}
+    predictor = finetune(rows, out=tmp_path / "run", **options).predictor()
+    plain, listed = ([{"text": "a wave", "label": label}] * 4 for label in ("sea", ["sea"]))
+    assert evaluate_predictor(predictor, plain) == evaluate_predictor(predictor, listed)
+    with pytest.raises(UserError, match="'zebra' is unknown"):
+        evaluate_predictor(predictor, [{"text": "a wave", "label": "zebra"}])
+
+
+def test_texts_for_a_tagger_from_a_file(finished, one_thread):
+    from llmft_nb.rows import read_rows
+
+    predictor = finished("Bert", "tag").predictor()
+    texts = ["Send it to Kiel at noon .", "Send it to New Mill ."]
+    assert predictor.predict(read_rows([{"text": text} for text in texts])) == predictor.predict(texts)
+
+
+def test_rare_tags_can_be_balanced(bases, tmp_path, one_thread):
+    "A kind of which no span has two words needs an `I-` all the same, and that tag has no training row."
+    rows = [{"tokens": ["Send", "it", place], "ner_tags": ["O", "O", "B-place"]} for place in PLACES * 8]
+    options = OPTIONS | {"epochs": 1, "model": bases("Bert"), "general": general(tmp_path), "callbacks": ()}
+    rows = [row | {"tokens": [f"{i}", *row["tokens"][1:]]} for i, row in enumerate(rows)]
+    run = finetune(rows, task="tag", class_weights="balanced", out=tmp_path / "run", **options)
+    assert run.record.data["label_names"] == ["O", "B-place", "I-place"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_length": "128"}, "max_length 128"),
+        ({"micro_batch_size": "8"}, "micro_batch_size 8"),
+        ({"packing": "false"}, "neither true nor false"),
+        ({"no_repeat_ngram": 1}, "no word could be said twice"),
+    ],
+)
+def test_settings_of_a_file_are_checked_before_they_are_used(values, words):
+    with pytest.raises(UserError, match=words):
+        resolve_settings(parse_strategy("full"), config=values)
+
+
+def test_answers_in_other_scripts_are_scored():
+    from llmft_nb.instruct import judge_answers
+
+    russian = ["Да, можно принимать.", "Нет, нельзя."]
+    assert judge_answers(russian, russian, {})["rouge_l"]["value"] == 1
+    assert judge_answers(russian, ["Нет", "Нет"], {})["rouge_l"]["value"] < 0.5
+
+
+def test_kept_leaks_are_told_as_kept(bases, tmp_path, one_thread):
+    rows = text_rows(40)
+    options = OPTIONS | {"task": "text", "model": bases("Llama"), "general": general(tmp_path), "epochs": 1}
+    run = finetune(rows, test=rows[:3], leaks="allow", out=tmp_path / "run", callbacks=(), **options)
+    assert run.record.data["leaks"].endswith("were kept") and run.record.data["policy"] == "allow"
