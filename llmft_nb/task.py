@@ -177,11 +177,7 @@ class Task:
         before: Mapping[str, list[Any]],  # What the untuned model could do
     ) -> list[dict[str, Any]]:  # What `test_predictions.jsonl` keeps of each row
         "Each test row with its answers."
-        untuned = before["untuned base"]
-        return [
-            {**row, "place": place, **answer, "untuned": was}
-            for row, place, answer, was in zip(rows, rows.places, answers, untuned, strict=True)
-        ]
+        raise NotImplementedError
 
 # %% ../nbs/09b_task.ipynb #bd79f8cb
 def make_loss_evaluate(

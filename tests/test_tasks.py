@@ -16,7 +16,7 @@ from small import small_config, small_rows, write_jsonl
 from llmft_nb.core import UserError
 from llmft_nb.finetune import FinishedRun, evaluate_predictor, finetune, make_task
 from llmft_nb.hparams import TrainSettings, resolve_settings
-from llmft_nb.predict import load_predictor, open_chat
+from llmft_nb.predict import answer_words, load_predictor, open_chat
 from llmft_nb.strategy import parse_strategy
 
 PLACES = ["Kiel", "Norden", "Old Harbour", "New Mill", "Sandwick"]
@@ -281,7 +281,8 @@ def templated(bases, tmp_path_factory) -> FinishedRun:
     rows = [{"question": row["prompt"], "completion": row["completion"]} for row in instruct_rows(40)]
     folder = tmp_path_factory.mktemp("templated")
     options = OPTIONS | {"epochs": 1, "max_length": 96, "general": general(folder), "callbacks": ()}
-    options |= {"prompt_template": "Question of a guest: {question}", "system": "Be brief."}
+    options |= {"prompt_template": "Question of a guest: {question}", "system": "Be brief.", "strategy": "top:1"}
+    options |= {"question": "who has the cat?"}
     return finetune(rows, task="instruct", model=bases("Llama"), out=folder / "run", **options)
 
 
@@ -304,6 +305,35 @@ def test_plain_texts_fill_the_template(templated, one_thread, monkeypatch):
         several.predict(["who has the cat?"])
     with pytest.raises(UserError, match="it asks for the columns a, b"):
         open_chat(several)
+
+
+def test_a_question_is_asked_as_later_in_service(templated):
+    "Before and after the training a task asks with the same settings that its run will be served with."
+    served = templated.predictor()
+    settings = TrainSettings(**{name: served.settings[name] for name in vars(TrainSettings())})
+    options = {"prompt_template": served.settings["prompt_template"], "system": served.settings["system"]}
+    trained = make_task("instruct", settings, options).predictor(served.model)
+    assert {**trained.settings, "strategy": "top:1", "init": "pretrained"} == served.settings
+    assert (trained.max_length, trained.task) == (served.max_length, served.task)
+    assert templated.record.scores["question"]["after"] == answer_words(served.predict(["who has the cat?"])[0])
+
+
+def test_only_what_the_strategy_opens_moves(templated, bases):
+    from llmft_nb.modeling import LLMForCausalLM
+
+    assert templated.record.model["n_trainable"] < templated.record.model["n_weights"]
+    was = dict(LLMForCausalLM.from_pretrained(bases("Llama")).network.named_parameters())
+    moved = {
+        name for name, weight in templated.predictor().model.network.named_parameters() if (weight != was[name]).any()
+    }
+    assert moved and not any("layers.0" in name for name in moved)
+
+
+def test_leaking_rows_are_counted(bases, tmp_path, one_thread):
+    rows = small_rows(60)
+    options = OPTIONS | {"epochs": 1, "model": bases("Llama"), "general": general(tmp_path), "callbacks": ()}
+    run = finetune(rows, test=rows[:4], out=tmp_path / "run", **options)
+    assert run.record.data["n_left_out"] >= 4 and run.record.data["n_train"] <= 56
 
 
 def test_a_chat_fills_the_template(templated, one_thread):
@@ -422,3 +452,114 @@ def test_kept_leaks_are_told_as_kept(bases, tmp_path, one_thread):
     options = OPTIONS | {"task": "text", "model": bases("Llama"), "general": general(tmp_path), "epochs": 1}
     run = finetune(rows, test=rows[:3], leaks="allow", out=tmp_path / "run", callbacks=(), **options)
     assert run.record.data["leaks"].endswith("were kept") and run.record.data["policy"] == "allow"
+
+
+def test_validation_counts_a_stray_tag_as_the_test_does(monkeypatch):
+    "An `I-` that goes on with nothing begins a span, in every score."
+    import numpy as np
+
+    from llmft_nb import tag
+    from llmft_nb.bases import find_model, load_tokenizer
+    from llmft_nb.tagging import TagDataset
+
+    rows = [
+        {"tokens": ["to", "Kiel"], "ner_tags": ["O", "B-place"]},
+        {"tokens": ["Old", "Mill"], "ner_tags": ["B-place", "I-place"]},
+    ]
+    dataset = TagDataset(rows, load_tokenizer(find_model("tiny"))[0])
+    assert list(dataset.label_names) == ["O", "B-place", "I-place"]
+    stray = [np.eye(3)[[0, 2]], np.eye(3)[[2, 2]]]
+    monkeypatch.setattr(tag, "predict_positions", lambda *_: stray)
+    scores = tag.make_tag_evaluate(dataset)(None)
+    assert (scores["span_f1"], scores["word_accuracy"]) == (1.0, 1.0)
+    assert scores["loss"] == pytest.approx(np.log(np.exp([1, 0, 0]).sum()) - np.mean([1, 0, 0, 1]))
+
+
+def test_words_are_tagged_as_most_often():
+    from llmft_nb.rows import read_rows
+    from llmft_nb.tag import dictionary_baseline
+
+    rows = [{"tokens": ["Kiel"], "ner_tags": [tag]} for tag in ("B-place", "B-place", "O")]
+    assert dictionary_baseline(read_rows(rows), read_rows([{"tokens": ["Kiel", "Bonn"]}])) == [["B-place", "O"]]
+
+
+def test_settings_reach_the_rows(bases, monkeypatch):
+    "What a data set is made with is what was asked for, task by task."
+    from llmft_nb import instruct, tag, text
+    from llmft_nb.modeling import LLMForMaskedLM
+
+    numbers = {"max_length": 24, "overlap": 5, "train_on": "all", "too_long": "drop", "packing": False, "seed": 7}
+    settings = TrainSettings(**numbers)
+    made: dict[str, dict[str, Any]] = {}
+    for module, name in ((tag, "TagDataset"), (instruct, "InstructDataset"), (text, "build_corpus")):
+        monkeypatch.setattr(module, name, lambda *_, key=name, **given: made.setdefault(key, given))
+    model = LLMForMaskedLM.from_pretrained(bases("Roberta"))
+    for task in ("tag", "instruct", "text"):
+        make_task(task, settings).dataset([], model, ["O", "B-place"])
+    assert made["TagDataset"] == {"label_names": ["O", "B-place"], "max_length": 24, "overlap": 5}
+    assert made["InstructDataset"] == {"max_length": 24, "train_on": "all", "too_long": "drop"}
+    kept = {name: made["build_corpus"][name] for name in ("max_length", "overlap", "packing", "seed", "objective")}
+    assert kept == {"max_length": 24, "overlap": 5, "packing": False, "seed": 7, "objective": "masked"}
+    assert made["build_corpus"]["first_position"] == model.network.config.pad_token_id + 1
+
+
+def test_a_decoder_is_told_to_be_second_best_for_tags(bases, tmp_path, caplog, one_thread):
+    options = OPTIONS | {"epochs": 1, "task": "tag", "general": general(tmp_path), "callbacks": ()}
+    for kind, n_told in (("Bert", 0), ("Llama", 1)):
+        caplog.clear()
+        finetune(tag_rows(30), model=bases(kind), out=tmp_path / kind, **options)
+        assert sum("an encoder is the better base" in record.getMessage() for record in caplog.records) == n_told
+
+
+def test_each_document_is_judged_whole(finished, one_thread):
+    "The parts of a long document are added up, and documents stay apart in the test whatever the training did."
+    from llmft_nb.text import TextTask
+
+    run = finished("Llama", "text")
+    predictor = run.predictor()
+    settings = TrainSettings(max_length=24, overlap=0)
+    rows = [(f"row:{i}", row["text"]) for i, row in enumerate(text_rows(6))]
+    task = TextTask(settings)
+    together = task.answers(predictor.model, [text for _, text in rows])
+    alone = [task.answers(predictor.model, [text])[0] for _, text in rows]
+    assert [line["n_targets"] for line in together] == [line["n_targets"] for line in alone]
+    for ours, other in zip(together, alone, strict=True):
+        assert ours["loss_sum"] == pytest.approx(other["loss_sum"], rel=1e-4)
+    assert together[0]["n_bytes_of_all"] == sum(len(text.encode()) for _, text in rows)
+    assert max(line["n_targets"] for line in together) > 2 * settings.max_length
+
+
+def test_answers_are_judged_row_by_row():
+    "How many never end, what the right answers cost before and after, whose answer was nearest."
+    from llmft_nb.dialogues import check_instruct
+    from llmft_nb.instruct import InstructTask, judge_losses
+    from llmft_nb.rows import LeakReport, read_rows
+    from llmft_nb.splits import Splits
+
+    train, test = (check_instruct(read_rows(instruct_rows(n))) for n in (40, 8))
+    answers = [
+        {"loss_sum": 3.0, "n_targets": 6, "completion": row["messages"][-1]["content"], "finished": i > 0}
+        for i, row in enumerate(test)
+    ]
+    splits = Splits(train, test, test, (), LeakReport(0, []))
+    scores = InstructTask(TrainSettings()).judge(splits, answers, {})
+    assert (scores["exact_match"]["value"], scores["endless"]["value"]) == (1.0, 1 / 8)
+    (nearest,) = scores["baselines"]
+    assert nearest["token_f1"]["value"] == 1.0  # The same question stands in the training rows
+    before = [{"loss_sum": 6.0 + i, "n_targets": 6} for i in range(8)]
+    change = judge_losses(answers, before)
+    assert change["perplexity_change"]["verdict"] == "better"
+    assert change["perplexity_before"]["value"] > change["perplexity"]["value"] == pytest.approx(2.718281828**0.5)
+
+
+def test_only_the_last_answer_of_a_conversation_is_judged(finished, one_thread):
+    from llmft_nb.dialogues import check_instruct
+    from llmft_nb.instruct import InstructTask
+    from llmft_nb.rows import read_rows
+
+    turn = instruct_rows(1)[0]
+    pair = [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": turn["completion"]}]
+    rows = check_instruct(read_rows([{"messages": pair}, {"messages": [*pair, *pair]}]))
+    task = InstructTask(TrainSettings(max_length=96, n_written=1, max_new_tokens=2, train_on="all"))
+    one, two = task.answers(finished("Llama", "instruct").predictor().model, rows)
+    assert one["n_targets"] == two["n_targets"] > 2
