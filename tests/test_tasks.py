@@ -450,8 +450,12 @@ def test_answers_in_other_scripts_are_scored():
 def test_kept_leaks_are_told_as_kept(bases, tmp_path, one_thread):
     rows = text_rows(40)
     options = OPTIONS | {"task": "text", "model": bases("Llama"), "general": general(tmp_path), "epochs": 1}
-    run = finetune(rows, test=rows[:3], leaks="allow", out=tmp_path / "run", callbacks=(), **options)
-    assert run.record.data["leaks"].endswith("were kept") and run.record.data["policy"] == "allow"
+    kept, dropped = (
+        finetune(rows, test=rows[:3], leaks=policy, out=tmp_path / policy, callbacks=(), **options).record.data
+        for policy in ("allow", "drop")
+    )
+    assert kept["leaks"].endswith("were kept") and kept["policy"] == "allow"
+    assert dropped["n_train"] < kept["n_train"] <= dropped["n_train"] + 3
 
 
 def test_validation_counts_a_stray_tag_as_the_test_does(monkeypatch):
@@ -527,6 +531,8 @@ def test_each_document_is_judged_whole(finished, one_thread):
         assert ours["loss_sum"] == pytest.approx(other["loss_sum"], rel=1e-4)
     assert together[0]["n_bytes_of_all"] == sum(len(text.encode()) for _, text in rows)
     assert max(line["n_targets"] for line in together) > 2 * settings.max_length
+    nats, n_bytes = sum(line["loss_sum"] for line in together), together[0]["n_bytes_of_all"]
+    assert task.judge(None, together, {})["bits_per_byte"] == pytest.approx(nats / 0.6931472 / n_bytes)
 
 
 def test_answers_are_judged_row_by_row():
@@ -563,3 +569,44 @@ def test_only_the_last_answer_of_a_conversation_is_judged(finished, one_thread):
     task = InstructTask(TrainSettings(max_length=96, n_written=1, max_new_tokens=2, train_on="all"))
     one, two = task.answers(finished("Llama", "instruct").predictor().model, rows)
     assert one["n_targets"] == two["n_targets"] > 2
+
+
+def test_a_run_is_asked_with_its_own_settings(finished, one_thread, monkeypatch):
+    "The guard, the stop tokens, the window and the end of a long text are the run's when it serves."
+    import numpy as np
+
+    import llmft_nb.predict as predict
+    from llmft_nb.decoding import Generated
+    from llmft_nb.prompts import stop_ids
+
+    writer = finished("Llama", "instruct").predictor()
+    seen: list[dict[str, Any]] = []
+
+    def note(network: Any, tokenizer: Any, prompts: Any, **given: Any) -> list[Generated]:
+        seen.append(given | {"prompts": [list(ids) for ids in prompts]})
+        return [Generated([], True, 0) for _ in prompts]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "generate", note)
+        writer.predict(["who has the cat?"])
+        reader = dataclasses.replace(finished("Llama", "text").predictor(), max_length=16)
+        reader.predict(["The boat went over the water to the small house by the sea."])
+    assert (seen[0]["no_repeat_ngram"], seen[0]["max_new_tokens"]) == (16, 6)
+    assert {*stop_ids(writer.model.tokenizer)} <= {*seen[0]["stop_ids"]}
+    assert reader.model.tokenizer.decode(seen[1]["prompts"][0]).endswith("house by the sea.")
+
+    tagger = dataclasses.replace(finished("Bert", "tag").predictor(), max_length=12)
+    tagger = dataclasses.replace(tagger, settings=tagger.settings | {"overlap": 3})
+    row = {"tokens": ["Old"] * 30}
+    names = list(tagger.model.label_names)
+    windows: list[int] = []
+
+    def always_inside(_: Any, dataset: Any, *__: Any) -> list[Any]:
+        windows.extend(len(dataset[i]["input_ids"]) for i in range(len(dataset)))
+        return [np.eye(len(names))[[names.index("I-place")] * len(words)] for words in dataset.words_of]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "predict_positions", always_inside)
+        (answer,) = tagger.predict([row])
+    assert answer["tags"] == ["B-place"] + ["I-place"] * 29
+    assert len(windows) > 1 and max(windows) == 12
