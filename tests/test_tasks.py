@@ -394,6 +394,8 @@ def test_gaps_are_filled_or_refused(finished, one_thread):
     mask = predictor.model.tokenizer.mask_token
     two = predictor.predict([f"The {mask} went over the {mask}."])[0]["fills"]
     assert [len(fill) for fill in two] == [5, 5]
+    chances = [[token["probability"] for token in fill] for fill in two]
+    assert all(fill == sorted(fill, reverse=True) and fill[0] > 1 / 4096 for fill in chances)
     with pytest.raises(UserError, match="a gap stands beyond"):
         predictor.predict(["The boat went over the water. " * 50 + mask])
 
@@ -610,3 +612,23 @@ def test_a_run_is_asked_with_its_own_settings(finished, one_thread, monkeypatch)
         (answer,) = tagger.predict([row])
     assert answer["tags"] == ["B-place"] + ["I-place"] * 29
     assert len(windows) > 1 and max(windows) == 12
+
+
+def test_a_run_under_way_does_not_answer(templated, tmp_path):
+    folder = shutil.copytree(templated.folder, tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}), encoding="utf-8")
+    with pytest.raises(UserError, match="this run is interrupted"):
+        load_predictor(folder)
+
+
+def test_a_chat_begins_as_the_run_was_trained(templated, one_thread):
+    session = open_chat(templated.predictor())
+    assert session.messages[0] == {"role": "system", "content": "Be brief."}
+    assert (session._no_repeat_ngram, session.max_new_tokens) == (16, OPTIONS["max_new_tokens"])
+    assert open_chat(templated.predictor(), "Be long.").messages[0]["content"] == "Be long."
+
+
+def test_checkpoints_belong_to_what_was_chosen(templated):
+    kept = templated.record.fingerprint
+    assert (kept["strategy"], kept["system"], kept["init"]) == ("top:1", "Be brief.", "pretrained")
