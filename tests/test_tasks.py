@@ -14,7 +14,7 @@ import pytest
 from small import small_config, small_rows, write_jsonl
 
 from llmft_nb.core import UserError
-from llmft_nb.finetune import FinishedRun, evaluate_predictor, finetune, make_task
+from llmft_nb.finetune import TASKS, FinishedRun, evaluate_predictor, finetune, make_task
 from llmft_nb.hparams import TrainSettings, resolve_settings
 from llmft_nb.predict import answer_words, load_predictor, open_chat
 from llmft_nb.strategy import parse_strategy
@@ -156,9 +156,14 @@ def test_a_run_from_rows_to_answers(kind, task, finished, one_thread):
     assert test["baselines"][0]["name"] == "untuned base"
     assert "ratio" in run.record.scores["forgetting"]
     assert {"report.html", "README.md", "model"} <= {path.name for path in run.folder.iterdir()}
-    losses = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in losses if "loss" in line]
+    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in logged if "loss" in line]
     assert losses[-1] < losses[0]
+    monitored = f"valid_{TASKS[task].monitor}"
+    chosen = max((line for line in logged if monitored in line), key=lambda line: line[monitored])
+    kept = run.record.scores["validation"]
+    assert (kept["step"], run.record.test_looks) == (chosen["step"], 1)
+    assert kept[TASKS[task].monitor] == pytest.approx(chosen[monitored])
 
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
@@ -632,3 +637,18 @@ def test_a_chat_begins_as_the_run_was_trained(templated, one_thread):
 def test_checkpoints_belong_to_what_was_chosen(templated):
     kept = templated.record.fingerprint
     assert (kept["strategy"], kept["system"], kept["init"]) == ("top:1", "Be brief.", "pretrained")
+
+
+def test_a_templated_run_is_scored_on_columns(templated, one_thread):
+    rows = [{"question": row["prompt"], "completion": row["completion"]} for row in instruct_rows(44)[40:]]
+    scores = evaluate_predictor(templated.predictor(), rows)
+    assert scores["token_f1"]["n"] == 3
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Question of a guest: " + rows[0]["question"]},
+        {"role": "assistant", "content": rows[0]["completion"]},
+    ]
+    predictor = templated.predictor()
+    settings = TrainSettings(**{name: predictor.settings[name] for name in vars(TrainSettings())})
+    whole = make_task("instruct", settings).score(predictor.model, [{"messages": messages}])
+    assert whole == evaluate_predictor(predictor, rows[:1])
