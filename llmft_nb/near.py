@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNSPACED', 'MAX_BAND_PAIRS', 'NEAR_THRESHOLD', 'MarksToBlanks', 'bare_text', 'shingle_length', 'mix_bits',
-           'chain_numbers', 'Shingles', 'cut_shingles', 'minhash_signatures', 'band_width', 'band_pairs',
-           'candidate_pairs', 'NearPair', 'near_text_pairs', 'near_duplicates']
+           'chain_numbers', 'Shingles', 'text_parts', 'cut_shingles', 'minhash_signatures', 'band_width', 'band_pairs',
+           'candidate_pairs', 'NearPair', 'n_shared', 'near_text_pairs', 'near_duplicates']
 
 # %% ../nbs/01b_near.ipynb #591b87ee
 import re
@@ -13,7 +13,6 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -86,12 +85,26 @@ class Shingles:
         "Pieces of each text, repeated ones included."
         return np.diff(self.offsets)
 
-    def piece_set(
+    def distinct(
         self,
         i: int,  # Which text
-    ) -> frozenset[int]:  # Its different pieces
+    ) -> np.ndarray:  # Its different pieces, sorted (D,)
         "The pieces of one text as a set."
-        return frozenset(self.hashes[self.offsets[i] : self.offsets[i + 1]].tolist())
+        return np.unique(self.hashes[self.offsets[i] : self.offsets[i + 1]])
+
+# %% ../nbs/01b_near.ipynb #da5f1d61
+def text_parts(
+    texts: Sequence[str],  # Of any length
+    n_most: int = 1 << 18,  # Characters of a part, unless a single text has more
+) -> list[tuple[int, int]]:  # First text of each part, and one past its last
+    "Part texts so that what is worked on at a time is bounded: cutting needs 75 bytes for each character."
+    ends = np.cumsum([0] + [len(text) for text in texts])
+    parts, begin = list[tuple[int, int]](), 0
+    while begin < len(texts):
+        stop = max(begin + 1, int(np.searchsorted(ends, ends[begin] + n_most, side="right")) - 1)
+        parts.append((begin, stop))
+        begin = stop
+    return parts
 
 # %% ../nbs/01b_near.ipynb #006c7080
 def cut_shingles(
@@ -99,8 +112,8 @@ def cut_shingles(
 ) -> Shingles:  # At least one piece for every text that is not empty
     "Cut texts into overlapping pieces of characters, with a blank before and after each text."
     all_hashes, all_counts = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
-    for begin in range(0, len(texts), 4096):  # In parts, for the sake of memory
-        part = texts[begin : begin + 4096]
+    for begin, stop in text_parts(texts):
+        part = texts[begin:stop]
         lengths = np.array([shingle_length(text) for text in part], dtype=np.int64)
         padded = [f" {text} ".ljust(n, "\0") if text else "" for text, n in zip(part, lengths, strict=True)]
         codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -214,6 +227,17 @@ class NearPair:
     j: int  # Index of the second, in the other list where there are two
     similarity: float  # Jaccard's, from the threshold to 1
 
+# %% ../nbs/01b_near.ipynb #37acbfb3
+def n_shared(
+    one: np.ndarray,  # Different pieces of a text, sorted
+    others: Sequence[np.ndarray],  # Different pieces of each other text, none without any
+) -> np.ndarray:  # For each of them how many it has in common with the first (N,)
+    "Count what a text shares with several others."
+    asked = np.concatenate(others)
+    spots = np.minimum(np.searchsorted(one, asked), len(one) - 1)
+    starts = np.cumsum([0, *(len(other) for other in others[:-1])])
+    return np.add.reduceat((one[spots] == asked).astype(np.int64), starts)
+
 # %% ../nbs/01b_near.ipynb #69bb001f
 def near_text_pairs(
     texts: Sequence[str],  # Bare texts, all different
@@ -228,14 +252,24 @@ def near_text_pairs(
     signatures = minhash_signatures(pieces)
     left, right = candidate_pairs(signatures[mine], None if other is None else signatures[theirs], threshold)
     left, right = mine[left], (mine if other is None else theirs)[right]
-    piece_set, pairs = lru_cache(maxsize=20_000)(pieces.piece_set), []
-    for i, j in zip(left.tolist(), right.tolist(), strict=True):
-        one, two = piece_set(i), piece_set(j)
-        n_both = len(one & two)
-        similarity = n_both / (len(one) + len(two) - n_both)
-        if similarity >= threshold:
-            pairs.append(NearPair(i, j if other is None else j - n_texts, similarity))
-    return sorted(pairs)
+    asked = np.union1d(np.unique(left), np.unique(right))
+    distinct = {i: pieces.distinct(i) for i in asked.tolist()}
+    sizes = np.zeros(len(pieces.counts), dtype=np.int64)
+    sizes[asked] = [len(part) for part in distinct.values()]
+    pairs, begin = list[NearPair](), 0
+    while begin < len(left):  # Candidates are sorted, those of one text stand together
+        i = int(left[begin])
+        stop = min(begin + 64, int(np.searchsorted(left, i, side="right")))
+        partners = right[begin:stop]
+        n_both = n_shared(distinct[i], [distinct[j] for j in partners.tolist()])
+        similarity = n_both / (sizes[i] + sizes[partners] - n_both)
+        near = similarity >= threshold
+        found = zip(
+            (partners[near] - (0 if other is None else n_texts)).tolist(), similarity[near].tolist(), strict=True
+        )
+        pairs += [NearPair(i, j, share) for j, share in found]
+        begin = stop
+    return pairs
 
 # %% ../nbs/01b_near.ipynb #9f48eb92
 def near_duplicates(

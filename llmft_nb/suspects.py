@@ -7,6 +7,7 @@ __all__ = ['fold_numbers', 'fold_probabilities', 'Suspect', 'label_errors']
 
 # %% ../nbs/01c_suspects.ipynb #8b0c4668
 import hashlib
+import numbers
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def label_errors(
             f"{counted(len(texts), 'text')}, {counted(len(labels), 'label')} and {counted(n_folds, 'fold')}",
             mend="give a label for each text, and at least two folds",
         )
-    if any(not isinstance(label, (str, int)) for label in labels):
+    if any(not isinstance(label, (str, numbers.Integral)) for label in labels):
         raise UserError("label errors are looked for among single labels", mend="leave rows with several labels out")
     given = [str(label) for label in labels]
     names, classes, n_rows = np.unique(np.array(given, dtype=object), return_inverse=True, return_counts=True)

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+import tracemalloc
 from collections import Counter
 from itertools import combinations, product
 from typing import Any
@@ -577,3 +578,46 @@ def test_a_record_is_json_and_counts_everything():
     assert record["kinds"] == {"train": {"exact": 299}, "test": {"normalised": 1}}
     assert len(record["copies"]) == 10 and record["copies"][0]["place"] == "row:2"
     assert "suspects" not in clean(rows_of(["a"])).as_record()["counts"]
+
+
+# Memory, and labels as numbers
+
+
+def test_near_copies_of_long_texts_fit_into_memory():
+    "Cutting once held 75 bytes for each character of all texts, and sets of Python numbers for each candidate."
+    generator = random.Random(0)
+    words = vocabulary(generator, 5_000)
+    texts = []
+    for _ in range(200):
+        base = generator.choices(words, k=1_000)
+        texts += [" ".join(base), " ".join(["changed", *base[1:]])]
+    near_duplicates(texts[:4])  # Imports what it needs
+    tracemalloc.start()
+    pairs = near_duplicates(texts)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(pair.i, pair.j) for pair in pairs] == [(2 * i, 2 * i + 1) for i in range(200)]
+    assert peak_bytes < 40 * sum(map(len, texts))
+
+
+def test_shared_pieces_equal_those_of_sets():
+    generator = np.random.default_rng(0)
+    sets = [set(generator.choice(300, size=int(generator.integers(1, 200))).tolist()) for _ in range(60)]
+    arrays = [np.array(sorted(part)) for part in sets]
+    for one, array in zip(sets, arrays, strict=True):
+        assert near.n_shared(array, arrays).tolist() == [len(one & other) for other in sets]
+
+
+@pytest.mark.parametrize("n_most", [1, 7, 100])
+def test_parts_hold_every_text_once(n_most):
+    generator = random.Random(n_most)
+    texts = ["x" * generator.choice([0, 1, 5, 30]) for _ in range(50)]
+    parts = near.text_parts(texts, n_most)
+    assert [i for begin, stop in parts for i in range(begin, stop)] == list(range(50))
+    assert all(sum(map(len, texts[a:b])) <= n_most or b == a + 1 for a, b in parts)
+    assert near.text_parts([], n_most) == []
+
+
+def test_labels_may_be_numbers_of_numpy():
+    texts, labels = ["a b", "c d", "a e"] * 4, [0, 1, 0] * 4
+    assert label_errors(texts, np.array(labels)) == label_errors(texts, labels)
