@@ -18,7 +18,7 @@ from typing import Any
 
 from .core import UserError
 from .data import TokenDataset, token_table
-from .formats import Problem, counted, problems_error
+from .formats import STRICT_JSON, Problem, check_value, counted, problems_error
 from .prompts import POLICIES, Fitted, find_end, fit, template_notes
 from .rows import Row, Rows, read_rows
 from .templates import ROLES, Message
@@ -140,9 +140,11 @@ def row_messages(
         told, problems = row["messages"], {}
         if isinstance(told, str):
             try:
-                told = json.loads(told)
-            except ValueError:
-                return [], {"messages": "is a text, but not JSON"}
+                told = STRICT_JSON.decode(told)
+                check_value(told)
+            except (ValueError, RecursionError) as error:
+                why = "" if isinstance(error, (json.JSONDecodeError, RecursionError)) else f" to be read: {error}"
+                return [], {"messages": f"is a text, but not JSON{why}"}
         if not isinstance(told, list) or not told:
             return [], {"messages": "is empty" if told == [] else f"is of type {type(told).__name__}, not a list"}
         messages: list[dict[str, Any]] = []
@@ -220,7 +222,8 @@ def check_instruct(
         problems += [Problem(f"{place}:{name}", reason) for name, reason in found.items()]
         last = max((k for k, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
         asked = [str(message["content"]) for message in messages[:last] if message["role"] != "system"]
-        checked.append({**row, "messages": messages, "text": "\n".join(asked)})
+        kept = {key: value for key, value in row.items() if key not in {"label", "tokens"}}
+        checked.append({**kept, "messages": messages, "text": "\n".join(asked)})
     if problems:
         counts = Counter(problem.place.rpartition(":")[2].partition("[")[0] for problem in problems)
         noun = f"fields are wrong ({', '.join(f'{name}: {n:,}' for name, n in counts.items())})"
@@ -292,7 +295,8 @@ def fit_rows(
     found, unmarked, over = [], [], []
     for row, place in zip(rows.rows, rows.places, strict=True):
         messages = row["messages"] if need_answers else last_exchange(row)[0]
-        if need_answers and train_on == "marked" and not any(message.get("train") for message in messages):
+        marked = any(message.get("train") for message in messages if message["role"] == "assistant")
+        if need_answers and train_on == "marked" and not marked:
             unmarked.append(Problem(f"{place}:messages", 'no answer is marked: none says "train": true'))
             continue
         try:
@@ -388,9 +392,8 @@ class InstructDataset(TokenDataset):
         for place, (asked, _) in zip(self.rows.places, map(last_exchange, self.rows), strict=True):
             fitted = fit(self.tokenizer, asked, limit, policy, answer_next=True)
             if not fitted.rows:
-                problems.append(
-                    Problem(place, f"the prompt has {fitted.full_length:,} tokens, {limit:,} are left for it")
-                )
+                n_left = f"{max(0, limit):,} are left for it"
+                problems.append(Problem(place, f"the prompt has {fitted.full_length:,} tokens, {n_left}"))
             found += [ids for ids, _ in fitted.rows[:1]]
         if problems:
             raise problems_error(problems, self.rows.source, "raise max_length, or cut prompts", "prompts are too long")

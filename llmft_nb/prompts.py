@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'control_tokens', 'tokenize_stretch', 'stretches', 'wants_lead', 'tokenize_pieces', 'answer_starts',
-           'find_end', 'Answer', 'Rendered', 'check_messages', 'render', 'close_answers', 'template_notes', 'supervise',
-           'stop_ids', 'Fitted', 'cut_prompt', 'drop_turns', 'split_row', 'fit']
+           'answer_stops', 'find_end', 'Answer', 'Rendered', 'check_messages', 'own_system', 'render', 'close_answers',
+           'template_notes', 'supervise', 'stop_ids', 'Fitted', 'cut_prompt', 'drop_turns', 'split_row', 'fit']
 
 # %% ../nbs/01c_prompts.ipynb #4438547a
 import re
@@ -144,6 +144,15 @@ def answer_starts(
         own = piece.text if piece.turn < 0 else ""
     return starts
 
+# %% ../nbs/01c_prompts.ipynb #7e61391d
+def answer_stops(
+    layout: Layout,  # A rendered conversation
+    starts: Iterable[int],  # Turns of its answers
+) -> dict[int, int]:  # Turn of each answer → one past its last character
+    "Where the assistant's words end, whatever the template writes behind them."
+    ends = accumulate(len(piece.text) for piece in layout.pieces)
+    return {piece.turn: end for piece, end in zip(layout.pieces, ends, strict=True) if piece.turn in set(starts)}
+
 # %% ../nbs/01c_prompts.ipynb #73be0018
 def find_end(
     tokenizer: Any,  # A transformers tokenizer
@@ -200,6 +209,23 @@ def check_messages(
     if not messages:
         raise UserError("a conversation without messages", where="messages", mend="give at least a question")
 
+# %% ../nbs/01c_prompts.ipynb #b697726d
+def own_system(
+    rendered: Rendered,  # A conversation whose system message opens the first question
+    layout: Layout,  # The same before it was tokenized
+    tokens: Sequence[tuple[int, int]],  # Its token ids and the places of their last characters
+    system: str,  # The system message
+) -> Rendered:  # With the tokens of the system message as its own, turn 0
+    "Part a system message from the question it was put before."
+    first = next((k for k, piece in enumerate(layout.pieces) if piece.turn == 0), 0)
+    content, core = layout.pieces[first].text, system.strip()
+    start = sum(len(piece.text) for piece in layout.pieces[:first]) + max(0, content.find(core))
+    behind = content.partition(core)[2] if core else ""
+    stop = start + (len(core) + len(behind) - len(behind.lstrip()) if core in content else 0)
+    n_own = bisect_left([place for _, place in tokens], stop)  # Before any answer, so nothing was put in there yet
+    turns = [0 if turn == 1 and k < n_own else turn for k, turn in enumerate(rendered.turns)]
+    return replace(rendered, turns=turns)
+
 # %% ../nbs/01c_prompts.ipynb #35dd31d4
 def render(
     tokenizer: Any,  # A fast tokenizer
@@ -212,8 +238,12 @@ def render(
     asked = [*messages, {"role": "assistant", "content": "Mark"}] if answer_next else list(messages)
     layout = lay_out(tokenizer, asked)
     starts = answer_starts(tokenizer, layout)
-    tokens = tokenize_pieces(tokenizer, layout.pieces, starts.values())
+    is_written = not starts or find_end(tokenizer)[1]  # Else an end token is put between answer and template
+    stops = [] if is_written else answer_stops(layout, starts).values()
+    tokens = tokenize_pieces(tokenizer, layout.pieces, [*starts.values(), *stops])
     rendered = close_answers(tokenizer, layout, tokens, starts)
+    if layout.folded:
+        rendered = own_system(rendered, layout, tokens, str(messages[0]["content"]))
     if not answer_next:
         return rendered
     first = rendered.answers[-1].start
@@ -231,11 +261,11 @@ def close_answers(
     ids, places = [number for number, _ in tokens], [place for _, place in tokens]
     turns = [layout.pieces[bisect_right(edges, place) - 1].turn for place in places]
     end = find_end(tokenizer)[0] if starts else -1
-    answers: list[Answer] = []
+    stops, answers = answer_stops(layout, starts), list[Answer]()
     for turn, start in starts.items():
         n_added = len(ids) - len(places)
         first = bisect_left(places, start) + n_added
-        after = len(turns) - turns[::-1].index(turn)
+        after = bisect_left(places, stops[turn]) + n_added
         stop = after
         while stop < len(turns) and turns[stop] < 0 and ids[stop] != end:
             stop += 1

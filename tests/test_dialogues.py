@@ -327,3 +327,36 @@ def test_double_beginning_and_pad_as_end_are_told(tokenizer: Any) -> None:
     assert checks["beginning"].verdict == "bad"
     assert checks["padding"].verdict == "note"
     assert checks["served as trained"].verdict == checks["end token"].verdict == "good"
+
+
+def test_messages_in_a_cell_may_be_hostile() -> None:
+    with pytest.raises(UserError, match=r"row:1:messages: is a text, but not JSON"):
+        check_instruct(read_rows([{"messages": "[" * 200_000}]))
+    twice = '[{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]'
+    with pytest.raises(UserError, match=r"the key 'content' occurs twice"):
+        check_instruct(read_rows([{"messages": twice}]))
+    half = '[{"role": "user", "content": "a\\ud800"}, {"role": "assistant", "content": "c"}]'
+    with pytest.raises(UserError, match=r"half of a surrogate pair"):
+        check_instruct(read_rows([{"messages": half}]))
+
+
+@pytest.mark.parametrize("too_long", ["error", "drop", "cut_prompt"])
+def test_a_marked_question_is_no_answer_to_learn(tokenizer: Any, too_long: str) -> None:
+    "It was once said to be too long, or left out as such."
+    talk, good = [{**ASKED, "train": True}, SAID], [ASKED, {**SAID, "train": True}]
+    with pytest.raises(UserError, match=r"row:2:messages: no answer is marked"):
+        InstructDataset([{"messages": good}, {"messages": talk}], tokenizer, train_on="marked", too_long=too_long)
+
+
+def test_a_prompt_pattern_may_use_columns_of_other_tasks() -> None:
+    rows = check_instruct(
+        read_rows([{"label": "safe", "tokens": "3", "completion": "Yes."}]), prompt_template="{label} {tokens}"
+    )
+    assert rows[0]["text"] == "safe 3"
+    assert check_instruct(rows).rows == rows.rows, "checked rows pass again"
+
+
+def test_no_negative_room_is_spoken_of(tokenizer: Any) -> None:
+    dataset = InstructDataset([{"prompt": "Is it safe?", "completion": "Ask."}], tokenizer, max_length=64)
+    with pytest.raises(UserError, match=r"tokens, 0 are left for it"):
+        dataset.prompts(600)

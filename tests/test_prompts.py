@@ -8,8 +8,8 @@ import random
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 
 from llmft_nb.core import UserError, assets_folder
@@ -414,3 +414,69 @@ def test_no_end_token_at_all_is_refused(tokenizer: Any) -> None:
     form.eos_token = None
     with pytest.raises(UserError, match="neither the chat template nor the tokenizer has an end token"):
         render(form, talk)
+
+
+# Tokenizers that melt punctuation and line ends, as those of Llama 3 and Qwen do
+
+
+def melting(template: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    rule = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    split = pre_tokenizers.Split(Regex(rule), "isolated")
+    rules = Tokenizer(BPE())
+    rules.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    rules.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rules.train_from_iterator(["Hello.\n\nuser: Yes it is?\n\nassistant: No.\n\n42.\n"] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<|end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("answer", ["No.", "No", ".", "42.", "?!", "No. Yes.\n\nNo."])
+@pytest.mark.parametrize("behind", ["\n\n", "\n", " ", ""])
+def test_an_answer_is_learnt_to_its_last_mark_where_the_template_has_no_end(answer: str, behind: str) -> None:
+    form = melting(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '"
+        + behind.replace("\n", "\\n")
+        + "' }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "Yes it is."}, {"role": "assistant", "content": answer}] * 2
+    row = render(form, talk)
+    labels = [label for label in supervise(row, "all") if label != NO_TARGET]
+    assert form.decode(labels) == f"{answer}<|end|>" * 2
+    prompt = render(form, talk[:3], answer_next=True)
+    assert row.ids[: len(prompt.ids)] == prompt.ids
+    assert form.decode(row.ids).replace("<|end|>", "") == render_text(form, talk)
+
+
+@pytest.mark.parametrize("answer", ["No.", ".", "?!"])
+def test_a_template_that_writes_its_end_keeps_its_tokens(answer: str) -> None:
+    "Where it writes a line end before the end token, a token may hold the full stop and the line end."
+    form = melting("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n<|end|>\\n' }}{% endfor %}")
+    talk = [{"role": "user", "content": "Yes it is?"}, {"role": "assistant", "content": answer}]
+    labels = [label for label in supervise(render(form, talk)) if label != NO_TARGET]
+    assert form.decode(labels) == f"{answer}\n<|end|>"
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama3", "mistral"])
+@pytest.mark.parametrize("system", ["Never name a price.", "  Be brief.\n"])
+def test_cutting_the_prompt_leaves_the_system_message(tokenizer: Any, name: str, system: str) -> None:
+    form = with_template(tokenizer, name)
+    asked = [{"role": "system", "content": system}, {"role": "user", "content": "What is the price of this? " * 3}]
+    talk = [*asked, {"role": "assistant", "content": "No."}]
+    whole = render(form, talk)
+    n_asked = sum(turn == 1 for turn in whole.turns)
+    for n_cut in range(1, n_asked):
+        cut = fit(form, talk, len(whole.ids) - n_cut, "cut_prompt")
+        assert system.strip() in form.decode(cut.rows[0][0])
+    owned = {turn: form.decode([n for n, owner in zip(whole.ids, whole.turns) if owner == turn]) for turn in range(3)}
+    assert [owned[turn].strip() for turn in range(3)] == [message["content"].strip() for message in talk]
