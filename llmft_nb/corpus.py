@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_rows', 'CorpusAudit', 'CorpusDataset', 'token_ids', 'tokenizer_digest', 'CorpusSettings', 'write_corpus',
-           'kept_folder', 'build_corpus']
+           'kept_audit', 'building_folder', 'kept_folder', 'build_corpus']
 
 # %% ../nbs/01f_corpus.ipynb #44816c48
 import json
@@ -266,6 +266,35 @@ def write_corpus(
     found = {f"n_{name}": counts[name] for name in (*names, "skipped")}
     return CorpusAudit(**found, n_rows=n_rows, max_length=settings.max_length)
 
+# %% ../nbs/01f_corpus.ipynb #e4c2cde1
+def kept_audit(
+    folder: Path,  # Where a corpus may have been kept
+) -> CorpusAudit | None:  # What became of its texts; None where it is not there, or not whole
+    "Look whether a corpus is there, with as many bytes of rows as were written."
+    try:
+        values = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+        n_file_bytes = values.pop("n_file_bytes")
+        return CorpusAudit(**values) if (folder / "rows.arrow").stat().st_size == n_file_bytes else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+# %% ../nbs/01f_corpus.ipynb #e4e37e2e
+def building_folder(
+    cache_folder: Path,  # Where corpora are kept
+    name: str,  # Of the corpus
+) -> Path:  # A new folder in it, of another name
+    "Make a folder to build a corpus in, and sweep away those of builds that were killed."
+    try:
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        for path in cache_folder.glob(".corpus-*.tmp"):
+            newest_s = max((part.stat().st_mtime for part in [path, *path.glob("*")]), default=0.0)
+            if time.time() - newest_s > 3600:
+                shutil.rmtree(path, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=cache_folder))
+    except OSError as error:
+        what = f"no folder to keep a corpus in ({error.strerror})"
+        raise UserError(what, where=str(cache_folder), mend="name a folder that can be written to") from error
+
 # %% ../nbs/01f_corpus.ipynb #97223bd8
 def kept_folder(
     cache_folder: Path,  # Where corpora are kept
@@ -274,25 +303,23 @@ def kept_folder(
     tokenizer: Any,  # A transformers tokenizer
     settings: CorpusSettings,  # How rows are made
 ) -> Path:  # Folder with "rows.arrow" and "audit.json", complete
-    "Find a corpus, or build it and give it its name when it is complete."
+    "Find a corpus, or build it (again, where it is damaged) and give it its name when it is complete."
     kept = cache_folder / name
-    if (kept / "audit.json").is_file():
+    if kept_audit(kept) is not None:
         return kept
-    cache_folder.mkdir(parents=True, exist_ok=True)
-    for path in cache_folder.glob(".corpus-*.tmp"):
-        newest_s = max((part.stat().st_mtime for part in [path, *path.glob("*")]), default=0.0)
-        if time.time() - newest_s > 3600:
-            shutil.rmtree(path, ignore_errors=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=cache_folder))
+    building = building_folder(cache_folder, name)
     try:
         audit = write_corpus(building / "rows.arrow", texts, tokenizer, settings)
         with (building / "rows.arrow").open("rb") as file:
             os.fsync(file.fileno())
-        write_atomic(building / "audit.json", json.dumps(asdict(audit)) + "\n")
+        n_file_bytes = (building / "rows.arrow").stat().st_size
+        write_atomic(building / "audit.json", json.dumps({**asdict(audit), "n_file_bytes": n_file_bytes}) + "\n")
+        if kept_audit(kept) is None:  # Nothing is there, or what is left of a damaged one
+            shutil.rmtree(kept, ignore_errors=True)
         try:
             building.rename(kept)
         except OSError:  # Another process was faster
-            if not (kept / "audit.json").is_file():
+            if kept_audit(kept) is None:
                 raise
         sync_folder(cache_folder)
     finally:
@@ -331,7 +358,8 @@ def build_corpus(
     else:
         key = sha256_json([1, stream.fingerprint, tokenizer_digest(tokenizer), asdict(settings)])
         folder = kept_folder(Path(cache_folder).expanduser(), f"corpus-{key[:20]}", stream, tokenizer, settings)
-    audit = CorpusAudit(**json.loads((folder / "audit.json").read_text(encoding="utf-8")))
+    audit = kept_audit(folder)
+    assert audit is not None, folder
     options: dict[str, Any] = {"objective": objective, "first_position": first_position, "seed": seed}
     table = Dataset.from_file(str(folder / "rows.arrow"))
     return CorpusDataset(table, tokenizer, audit, mask_frac=mask_frac, temporary=temporary, **options)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'FORMATS', 'SPLIT_WORDS', 'DATA_CATALOGUE', 'unpack', 'refuse_foreign', 'decode_text', 'name_format',
-           'guess_format', 'parse_file', 'split_of', 'data_files', 'missing_error', 'CatalogueSet', 'catalogue_file',
-           'cached_sets', 'hub_commit', 'named_value', 'records_of', 'read_hub', 'parse_source', 'rename_columns']
+           'guess_format', 'parse_file', 'split_of', 'all_data_files', 'data_files', 'missing_error', 'CatalogueSet',
+           'catalogue_file', 'cached_sets', 'hub_commit', 'named_value', 'records_of', 'read_hub', 'check_iterable',
+           'parse_source', 'rename_columns']
 
 # %% ../nbs/01_sources.ipynb #19b31ed9
 import difflib
@@ -158,12 +159,11 @@ def split_of(
     words = re.split(r"[^a-z]+", name.lower())
     return next((split for split, names in SPLIT_WORDS.items() if set(names) & set(words)), "")
 
-# %% ../nbs/01_sources.ipynb #ba3aee1a
-def data_files(
+# %% ../nbs/01_sources.ipynb #48656247
+def all_data_files(
     folder: Path,  # Where to look; folders inside it are not entered
-    split: str = "train",  # Which files to take where names speak of splits
-) -> list[Path]:  # Sorted by name
-    "The data files of a folder: hidden ones and other kinds left out, one split only."
+) -> list[Path]:  # Sorted by name; at least one
+    "The data files of a folder, of all splits: hidden ones and other kinds left out."
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -174,6 +174,15 @@ def data_files(
         inside = [path.name for path in entries if path.is_dir()][:5]
         mend = f"name one inside it: {', '.join(inside)}" if inside else "put a .jsonl, .csv or .parquet file there"
         raise UserError("no data files in this folder", where=str(folder), mend=mend)
+    return files
+
+# %% ../nbs/01_sources.ipynb #ba3aee1a
+def data_files(
+    folder: Path,  # Where to look; folders inside it are not entered
+    split: str = "train",  # Which files to take where names speak of splits
+) -> list[Path]:  # Sorted by name
+    "The data files of a folder: hidden ones and other kinds left out, one split only."
+    files = all_data_files(folder)
     there = sorted({split_of(path.name) for path in files} - {""})
     if not there:
         return files
@@ -317,6 +326,17 @@ def read_hub(
         raise UserError(f"no split {split!r}", where=where, mend=f"there is {', '.join(splits)}")
     return parse_records(records_of(splits[chosen]), f"{name}/{chosen}"), commit
 
+# %% ../nbs/01_sources.ipynb #e0daf006
+def check_iterable(
+    source: Any,  # Neither a name nor a path
+) -> None:
+    "Rows in memory come one after the other; a dictionary would give its keys."
+    if isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes)):
+        return
+    kind = type(source).__name__
+    mend = "name one split, e.g. data['train']" if kind.endswith("DatasetDict") else "give a path, a name, or a list"
+    raise UserError(f"a {kind} is no data", mend=mend)
+
 # %% ../nbs/01_sources.ipynb #0507a495
 def parse_source(
     source: Any,  # A name or a path, or rows in memory: dictionaries, or a `datasets.Dataset`
@@ -325,8 +345,7 @@ def parse_source(
 ) -> tuple[Parsed, str]:  # Rows and problems, and what to call the source
     "Find out what a source is, and read it."
     if not isinstance(source, (str, Path)):
-        if not isinstance(source, Iterable):
-            raise UserError(f"a {type(source).__name__} is no data", mend="give a path, a name, or dictionaries")
+        check_iterable(source)
         return parse_records(records_of(source), "row"), "rows in memory"
     name, path = str(source), Path(source).expanduser()
     if name in DATA_CATALOGUE:

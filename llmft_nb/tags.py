@@ -190,9 +190,9 @@ def read_lists(
     row: Row,  # As it was read
     label_names: Sequence[str] | None,  # The tags that numbers stand for; None where they are not known
     need_labels: bool,  # Whether tags are looked at
-) -> tuple[Row, dict[str, str]]:  # The row with lists of texts, and what is wrong with a field
+) -> tuple[Row, dict[str, str]]:  # The row with lists of texts, without other tasks' fields; what is wrong, by field
     "Read the lists of one row."
-    clean, found = dict(row), {}
+    clean, found = {key: value for key, value in row.items() if key not in {"label", "messages"}}, {}
     try:
         clean["tokens"] = plain_words(row.get("tokens"))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from small import small_network, write_jsonl
 from llmft_nb.core import UserError, assets_folder
 from llmft_nb.corpus import CorpusDataset, build_corpus
 from llmft_nb.packing import Piece, document_pieces, mask_row, pack_pieces
+from llmft_nb.rows import read_rows
 from llmft_nb.streams import N_DAMAGED, PART_CHARACTERS, TextPart, split_texts, stream_texts, text_rows
 from llmft_nb.tokens import NO_TARGET
 
@@ -514,3 +516,89 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, record_property):
     print(found)
     assert n_large > 8 * n_small
     assert large_mib - small_mib < 40  # Measured: 3
+
+
+# What is not a stream of texts, and places
+
+
+@pytest.mark.parametrize("source", [{"text": ["one", "two"]}, b"one", 7])
+def test_what_holds_no_texts_is_refused(source):
+    with pytest.raises(UserError, match=r"is no data"):
+        stream_texts(source)
+    with pytest.raises(UserError, match=r"is no data"):
+        read_rows(source)
+
+
+def test_several_splits_in_memory_are_refused():
+    from datasets import Dataset, DatasetDict
+
+    both = DatasetDict({name: Dataset.from_dict({"text": ["one", "two"]}) for name in ("train", "test")})
+    for read in (stream_texts, read_rows):
+        with pytest.raises(UserError, match=r"a DatasetDict is no data; mend: name one split, e.g. data\['train'\]"):
+            read(both)
+    assert [text for _, text in stream_texts(both["test"])] == ["one", "two"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("line", [1, 4, 5003])
+@pytest.mark.parametrize("name", ["bad.csv", "bad.txt"])
+def test_a_bad_byte_is_named_by_file_and_line(name, line, end, tmp_path):
+    lines = [b"text,label", *[b"ok,1"] * 6000]
+    lines[line - 1] = b"caf\xe9,2"
+    (tmp_path / name).write_bytes(end.join(lines))
+    with pytest.raises(UserError) as caught:
+        list(stream_texts(tmp_path / name))
+    assert (caught.value.where, caught.value.what) == (f"{name}:{line}", "byte 0xe9 is not UTF-8")
+
+
+def test_tables_read_in_turn_do_not_disturb_each_other(tmp_path):
+    (tmp_path / "a.csv").write_text("text\none\ntwo\n")
+    (tmp_path / "b.csv").write_text("text\nfirst\n" + "y" * 200_000 + "\n")
+    usual = csv.field_size_limit()
+    long, short = iter(stream_texts(tmp_path / "b.csv")), iter(stream_texts(tmp_path / "a.csv"))
+    next(short), next(long)
+    assert csv.field_size_limit() == usual
+    assert len(list(short)) == 1
+    assert [len(text) for _, text in long] == [200_000]
+    assert csv.field_size_limit() == usual
+
+
+def test_rows_that_hold_themselves_are_told():
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(UserError, match=r"row:2: nested endlessly"):
+        list(stream_texts([{"text": "one"}, {"text": "two", "more": endless}]))
+
+
+def test_a_document_stands_where_its_first_line_is(tmp_path):
+    (tmp_path / "late.txt").write_text("\n\n\nhello\n")
+    assert list(text_rows(tmp_path / "late.txt")) == [("late.txt:4", {"text": "hello"})]
+
+
+# Damage to what was kept
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "longer", "no audit", "half an audit", "a list", "older"])
+def test_a_damaged_corpus_is_built_again(damage, tmp_path, decoder_tokenizer):
+    texts, cache = random_texts(40), tmp_path / "kept"
+    first = build_corpus(texts, decoder_tokenizer, max_length=64, cache_folder=cache).fingerprint
+    (rows,), (audit,) = cache.glob("*/rows.arrow"), cache.glob("*/audit.json")
+    sound = rows.read_bytes(), audit.read_bytes()
+    if damage in ("cut", "longer"):
+        rows.write_bytes(sound[0][:-200] if damage == "cut" else sound[0] * 2)
+    elif damage in ("missing", "no audit"):
+        (rows if damage == "missing" else audit).unlink()
+    else:
+        values = json.loads(sound[1])
+        del values["n_file_bytes"]
+        audit.write_text({"half an audit": sound[1].decode()[:20], "a list": "[]", "older": json.dumps(values)}[damage])
+    again = build_corpus(texts, decoder_tokenizer, max_length=64, cache_folder=cache)
+    assert again.fingerprint == first and len(list(cache.iterdir())) == 1
+    assert (rows.read_bytes(), audit.read_bytes()) == sound
+
+
+def test_a_file_is_no_folder_to_keep_a_corpus_in(tmp_path, decoder_tokenizer):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"no folder to keep a corpus in"):
+            build_corpus(["take one"], decoder_tokenizer, cache_folder=folder)

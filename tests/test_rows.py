@@ -22,14 +22,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmft_nb.cleaning import clean
 from llmft_nb.core import UserError
 from llmft_nb.data import step_order
+from llmft_nb.dialogues import check_instruct
 from llmft_nb.formats import parse_records
 from llmft_nb.rows import (
     Rows,
     check_classify,
     drop_leaks,
-    duplicate_rows,
     find_label_names,
     is_multi_label,
     normal_text,
@@ -37,7 +38,9 @@ from llmft_nb.rows import (
     row_key,
     split_rows,
 )
-from llmft_nb.sources import DATA_CATALOGUE, missing_error
+from llmft_nb.sources import DATA_CATALOGUE, missing_error, split_of
+from llmft_nb.splits import TaskRows, find_licence, find_notice, has_own_splits, prepare_splits, survey_rows
+from llmft_nb.tags import check_tag, find_tag_names
 
 GOOD = '{"text": "Can I take both?", "label": "avoid"}'
 ROWS = [
@@ -446,6 +449,118 @@ def test_labels_of_every_kind() -> None:
 # --- splits and leaks ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("label", ["['x', 'y']", '["a",' + "[" * 200_000, '["x"', "['x']"])
+def test_what_looks_like_a_list_is_no_class(label: str) -> None:
+    with pytest.raises(UserError, match=r'looks like a list, but is not JSON: write \["one", "two"\]'):
+        check_classify(read_rows([{"text": "one", "label": label}, {"text": "two", "label": '["x"]'}]))
+
+
+def test_lists_in_cells_are_lists_however_they_are_spaced() -> None:
+    cells = ['["x","y"]', ' [ "y" , "x" ] ', "[]", "[ ]"]
+    rows = check_classify(read_rows([{"text": f"text {i}", "label": cell} for i, cell in enumerate(cells)]))
+    assert [row["label"] for row in rows] == [["x", "y"], ["x", "y"], [], []]
+    assert find_label_names(rows) == ["x", "y"]
+
+
+# Columns that mark the rows of another task, with values that it could not read
+STRANGE: list[dict] = [{"tokens": 7}, {"messages": 3}, {"tokens": "12"}, {"prompt": 7}, {"messages": "hello"}]
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_columns_of_other_tasks_do_not_touch_classification(strange: dict) -> None:
+    plain = [{"text": f"text number {i}", "label": "ab"[i % 2]} for i in range(60)]
+    expected, found = prepare_splits(plain), prepare_splits([row | strange for row in plain])
+    assert found.test.rows == expected.test.rows and found.train.rows == expected.train.rows
+    questions = check_classify(read_rows([{"text": "one"} | strange, {"text": "two"} | strange]), need_labels=False)
+    assert clean(questions, {}, "text").copies == []
+
+
+@pytest.mark.parametrize("strange", [{"label": "unique"}, {"tokens": 7}, {"label": 0.5}])
+def test_columns_of_other_tasks_do_not_touch_instructions(strange: dict) -> None:
+    instruct = TaskRows(lambda rows, names, train: check_instruct(rows), lambda rows: [])
+    plain = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(60)]
+    marked = [
+        row | {key: f"{i}" if value == "unique" else value for key, value in strange.items()}
+        for i, row in enumerate(plain)
+    ]
+    expected, found = prepare_splits(plain, task=instruct), prepare_splits(marked, task=instruct)
+    assert found.test.places == expected.test.places
+    findings, _ = survey_rows([marked], task=instruct, name="instruct")
+    assert findings == survey_rows([plain], task=instruct, name="instruct")[0]
+
+
+@pytest.mark.parametrize("strange", [{"label": "unique"}, {"messages": 7}, {"label": "one", "text": 5}])
+def test_columns_of_other_tasks_do_not_touch_tags(strange: dict) -> None:
+    tag = TaskRows(lambda rows, names, train: check_tag(rows, names), find_tag_names)
+    plain = [{"tokens": [f"word{i}", "in", f"x{i}"], "ner_tags": ["B-a", "O", "O"]} for i in range(60)]
+    marked = [
+        row | {key: f"{i}" if value == "unique" else value for key, value in strange.items()}
+        for i, row in enumerate(plain)
+    ]
+    assert prepare_splits(marked, task=tag).test.places == prepare_splits(plain, task=tag).test.places
+    assert survey_rows([marked], task=tag, name="tag")[0] == survey_rows([plain], task=tag, name="tag")[0]
+
+
+def test_a_text_with_a_label_column_is_surveyed() -> None:
+    text = TaskRows(lambda rows, names, train: check_classify(rows, need_labels=False), lambda rows: [])
+    assert "labels" not in survey_rows([[{"text": "one", "label": "x"}, {"text": "two"}]], task=text, name="text")[0]
+
+
+def test_the_last_row_of_a_class_is_never_held_out() -> None:
+    "A text under two labels once took the only row of the second with it."
+    rows = [{"text": f"t {i}", "label": "A"} for i in range(40)]
+    rows += [{"text": "t 0", "label": "B"}, {"text": "x", "label": "C"}]
+    for seed in range(60):
+        assert {row["label"] for row in prepare_splits(rows, seed=seed, leaks="allow").train} == {"A", "B", "C"}
+
+
+# --- the splits of a folder ------------------------------------------------------------------------------------
+
+
+def folder_of(write: Callable[[str, bytes], Path], **texts: list[str]) -> Path:
+    for name, lines in texts.items():
+        rows = [{"text": line, "label": "ab"[i % 2]} for i, line in enumerate(lines)]
+        path = write(f"folder/{name}.jsonl", as_jsonl(rows))
+    return path.parent
+
+
+MANY = [f"text number {i}" for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "carved"), [({"test": 9}, ("valid",)), ({"dev": 5}, ("test",)), ({"test": 9, "validation": 5}, ())]
+)
+def test_a_folder_keeps_its_own_splits(
+    held_out: dict[str, int], carved: tuple[str, ...], write: Callable[[str, bytes], Path]
+) -> None:
+    own = {name: [f"{name} {i}" for i in range(n)] for name, n in held_out.items()}
+    folder = folder_of(write, train=MANY, **own)
+    for data in (folder, str(folder)):
+        splits = prepare_splits(data)
+        assert splits.carved == carved
+        for name, rows in (("test", splits.test), ("valid", splits.valid)):
+            lines = [line for spelt, lines in own.items() if split_of(spelt) == name for line in lines]
+            assert name in carved or [row["text"] for row in rows] == lines
+    assert has_own_splits(folder) == (not carved)
+
+
+def test_a_folder_given_as_test_gives_its_test(write: Callable[[str, bytes], Path]) -> None:
+    folder = folder_of(write, train=MANY, test=["secret 1", "secret 2"])
+    rows = [{"text": f"other {i}", "label": "ab"[i % 2]} for i in range(60)]
+    splits = prepare_splits(rows, test=folder)
+    assert (splits.test.places, splits.carved) == (["test.jsonl:1", "test.jsonl:2"], ("valid",))
+    assert prepare_splits(rows, valid=folder).valid.places[0] == "train.jsonl:1", "it has no file for validation"
+    assert survey_rows([rows, folder])[1].n_held_out == {"folder": 2}
+    assert (find_notice(folder), find_licence(folder)) == ("", "unknown")
+
+
+def test_a_folder_without_split_words_is_all_rows(write: Callable[[str, bytes], Path]) -> None:
+    folder = folder_of(write, part1=MANY[:30], part2=MANY[30:])
+    splits = prepare_splits(folder)
+    assert splits.carved == ("test", "valid")
+    assert sum(len(rows) for rows in (splits.train, splits.valid, splits.test)) == 60
+
+
 def random_rows(generator: random.Random, *, multi_label: bool = False) -> list[dict]:
     n_rows, n_texts = generator.randint(12, 300), generator.randint(6, 300)
     names = [f"class {n}" for n in range(generator.randint(2, 9))]
@@ -474,14 +589,10 @@ def test_split_keeps_its_promises(multi_label: bool) -> None:
         assert not {row_key(row) for row in kept} & {row_key(row) for row in held_out}, "no text is on both"
         assert len(held_out) <= round(frac * len(rows))
         if not multi_label:
-            assert {row["label"] for row in kept} == {row["label"] for row in rows} or repeats_cross_classes(rows)
+            assert {row["label"] for row in kept} == {row["label"] for row in rows}, "no class gives its last row"
         order = generator.sample(range(len(rows)), len(rows))
         shuffled = split_rows(rows.subset(order), frac, seed)[1]
         assert sorted(shuffled.places) == sorted(held_out.places), "the order of the file does not matter"
-
-
-def repeats_cross_classes(rows: Rows) -> bool:
-    return bool(duplicate_rows(rows).conflicts)
 
 
 def test_split_gives_every_class_its_share() -> None:
