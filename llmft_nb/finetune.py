@@ -256,6 +256,7 @@ def carry_out(
     save_answers(folder, task.prediction_lines(splits.test, answers, before))
     save_model(model, folder)
     clock.start("")
+    record.data.update(task.data_record(splits)[0])  # Once more: texts are counted by going through them
     record = finish_record(record, scores, clock.seconds, guard.n_looks)
     write_record(folder, record)
     write_report(folder)

@@ -21,7 +21,7 @@ from .modeling import TunableModel
 from .objectives import bits_per_byte
 from .resampling import PERPLEXITY, paired_permutation, perplexity_score
 from .rows import Rows, check_classify
-from .splits import TaskRows, describe_source, find_licence, find_notice, has_own_splits
+from .splits import TaskRows, describe_source, find_licence, find_notice, own_splits
 from .streams import TextPart, TextSplits, split_texts, stream_texts, text_hash
 from .task import Task, plain_score
 
@@ -52,11 +52,10 @@ def stream_splits(
     "Find texts for the three purposes."
     if leaks not in {"drop", "error", "allow"}:
         raise UserError(f"unknown policy {leaks!r}", where="--leaks", mend="choose drop, error or allow")
-    own = has_own_splits(data)
     sources = {"train": data, "valid": valid, "test": test}
-    sources |= {name: data for name in ("valid", "test") if sources[name] is None and own}
+    sources |= {name: data for name in ("valid", "test") if sources[name] is None and name in own_splits(data)}
     streams = {
-        name: stream_texts(given, columns=columns, split=name if has_own_splits(given) else "train")
+        name: stream_texts(given, columns=columns, split=name if name in own_splits(given) else "train")
         for name, given in sources.items()
         if given is not None
     }

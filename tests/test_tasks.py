@@ -652,3 +652,15 @@ def test_a_templated_run_is_scored_on_columns(templated, one_thread):
     settings = TrainSettings(**{name: predictor.settings[name] for name in vars(TrainSettings())})
     whole = make_task("instruct", settings).score(predictor.model, [{"messages": messages}])
     assert whole == evaluate_predictor(predictor, rows[:1])
+
+
+def test_a_folder_of_texts_brings_its_own_test(bases, tmp_path, one_thread):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", text_rows(40))
+    write_jsonl(folder / "test.jsonl", [{"text": "A text that only the test has. " * 3}])
+    options = OPTIONS | {"task": "text", "model": bases("Llama"), "general": general(tmp_path), "epochs": 1}
+    run = finetune(folder, out=tmp_path / "run", callbacks=(), **options)
+    assert run.record.data["n_test"] == 1 and run.record.data["carved"] == ["valid"]
+    scores = evaluate_predictor(run.predictor(), folder, split="test")
+    assert scores["perplexity"] == run.record.scores["test"]["perplexity"]
