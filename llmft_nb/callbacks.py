@@ -172,7 +172,8 @@ class SignalGuard:
     def __enter__(self) -> "SignalGuard":
         if self._active:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # A script's background job must not hear Ctrl-C
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -476,6 +476,17 @@ def test_a_second_signal_does_not_wait(training: Training, tmp_path: Path) -> No
         training.run(tmp_path / "run", callbacks=[Hook("on_step", 7, twice)])
 
 
+def test_what_was_ignored_stays_ignored(training: Training, alone: Ended, tmp_path: Path) -> None:
+    "A shell starts the background jobs of a script with SIGINT ignored: Ctrl-C is not meant for them."
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        hook = Hook("on_step", 7, lambda: signal.raise_signal(signal.SIGINT))
+        assert training.run(tmp_path / "run", callbacks=[hook]).weights == alone.weights
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_sigterm_to_the_command(small_model: Path, small_files: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
