@@ -366,7 +366,7 @@ def test_missing_file_names_the_nearest(write: Callable[[str, bytes], Path], tmp
     write("data/train.jsonl", as_jsonl(ROWS))
     assert "train.jsonl" in refusal(tmp_path / "data" / "trian.jsonl").mend
     assert "did you mean data?" in refusal(tmp_path / "dta" / "train.jsonl").mend
-    assert "did you mean pharmacy?" in refusal("pharmcay").mend
+    assert "did you mean pharmacy" in refusal("pharmcay").mend
     (tmp_path / "empty").mkdir()
     assert "there is nothing" in missing_error(tmp_path / "empty" / "x").mend
     assert "put a .jsonl" in refusal(tmp_path / "empty").mend
