@@ -18,7 +18,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .core import UserError, stream_seed
-from .scores import Score, wilson_interval
+from .scores import Score, verdict_of, wilson_interval
 
 # %% ../nbs/08b_resampling.ipynb #dadc72d5
 @dataclass(frozen=True)
@@ -313,9 +313,8 @@ class PairedDifference:
         alpha: float = 0.05,  # Level of the test
     ) -> str:  # "better", "worse" (the first than the second) or "no difference shown"
         "What may be said of the first model against the second."
-        if self.p_value >= alpha or self.difference == 0:
-            return "no difference shown"
-        return "better" if (self.difference > 0) == self.higher_is_better else "worse"
+        gain = self.difference if self.higher_is_better else -self.difference
+        return verdict_of(gain, self.p_value, alpha)
 
 # %% ../nbs/08b_resampling.ipynb #ac4df5c4
 def swaps(
