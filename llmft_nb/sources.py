@@ -223,6 +223,7 @@ ABOUT = {
     "pharmacy-reviews": "what customers say of its medicines and its people, positive or negative",
     "pharmacy-intents": "what customers want who write to it, one of twelve",
     "pharmacy-kinds": "vague descriptions of a product, and which of twelve kinds is meant",
+    "pharmacy-leaflets": "running texts that tell what its products contain and may be taken with",
 }
 DATA_CATALOGUE = {name: CatalogueSet(name, "Apache-2.0", NOTICE, about) for name, about in ABOUT.items()}
 

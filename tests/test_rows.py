@@ -386,11 +386,13 @@ def test_columns(write: Callable[[str, bytes], Path]) -> None:
 
 def test_shipped_data_is_sound() -> None:
     for name, known in DATA_CATALOGUE.items():
-        splits = {split: check_classify(read_rows(name, split=split)) for split in ("train", "valid", "test")}
-        assert find_label_names(splits["train"]) == find_label_names(splits["test"])
+        splits = {split: read_rows(name, split=split) for split in ("train", "valid", "test")}
+        if name != "pharmacy-leaflets":  # Running text
+            splits = {split: check_classify(rows) for split, rows in splits.items()}
+            assert find_label_names(splits["train"]) == find_label_names(splits["test"])
         assert drop_leaks(splits["train"], {key: splits[key] for key in ("valid", "test")})[1].leaks == []
         assert "not medical advice" in known.notice
-    assert "there is test, train, valid" in refusal("pharmacy", split="extra").mend
+    assert "there is test, train, valid" in refusal("pharmacy-reviews", split="extra").mend
 
 
 # --- checking --------------------------------------------------------------------------------------------------
