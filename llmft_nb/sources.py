@@ -224,6 +224,8 @@ ABOUT = {
     "pharmacy-intents": "what customers want who write to it, one of twelve",
     "pharmacy-kinds": "vague descriptions of a product, and which of twelve kinds is meant",
     "pharmacy-leaflets": "running texts that tell what its products contain and may be taken with",
+    "pharmacy-unread": "questions about products that occur in its leaflets only: valid and test, no train",
+    "pharmacy-chinese": "questions of the same kind in Chinese: test only",
 }
 DATA_CATALOGUE = {name: CatalogueSet(name, "Apache-2.0", NOTICE, about) for name, about in ABOUT.items()}
 

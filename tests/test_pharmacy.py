@@ -17,10 +17,17 @@ from llmft_nb.rows import read_rows
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "llmft_nb" / "assets" / "data"
 FOLDER, LEAFLETS = ASSETS / "pharmacy", ASSETS / "pharmacy-leaflets"
+QUESTION_SETS = ["pharmacy", "pharmacy-unread", "pharmacy-chinese"]
 
 
 def stored(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def path_of(split: str, assets: Path = ASSETS) -> Path:
+    "The file of a split: `train` of the data set `pharmacy`, `unread/test` of the data set `pharmacy-unread`."
+    more, _, word = split.rpartition("/")
+    return assets / (f"pharmacy-{more}" if more else "pharmacy") / f"{word}.jsonl"
 
 
 def written(name: str) -> dict:
@@ -28,10 +35,10 @@ def written(name: str) -> dict:
 
 
 WORLD = json.loads((FOLDER / "world.json").read_text(encoding="utf-8"))
-SIZES = {"train": 3000, "valid": 300, "test": 500, "leaflet_valid": 60, "leaflet_test": 250, "chinese": 100}
-SPLITS = {split: stored(FOLDER / f"{split}.jsonl") for split in SIZES}
-ENGLISH = [split for split in SIZES if split != "chinese"]
-LEAFLET_SPLITS = ["leaflet_valid", "leaflet_test"]
+SIZES = {"train": 3000, "valid": 300, "test": 500, "unread/valid": 60, "unread/test": 250, "chinese/test": 100}
+SPLITS = {split: stored(path_of(split)) for split in SIZES}
+ENGLISH = [split for split in SIZES if split != "chinese/test"]
+UNREAD = ["unread/valid", "unread/test"]
 TOLD = {split: stored(LEAFLETS / f"{split}.jsonl") for split in ("train", "valid", "test")}
 NOTICE = "Fictional products, for teaching, not reviewed by a pharmacist, not medical advice."
 CLASS_OF = {row["name"]: row["class"] for row in WORLD["ingredients"]}
@@ -73,30 +80,40 @@ def named_in(text: str, names: list[str] | dict | set) -> set[str]:
     return {name for name in names if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)}
 
 
-def made(script: str, out: Path, *more: str, hash_seed: str = "1") -> list[Path]:
+def made(script: str, out: Path, *more: str, hash_seed: str = "1") -> None:
     command = [sys.executable, str(ROOT / "tools" / f"make_{script}.py"), "--out", str(out), *more]
     subprocess.run(command, check=True, capture_output=True, env={"PYTHONHASHSEED": hash_seed, "PATH": ""})
-    return sorted(out.iterdir())
+
+
+def files_in(assets: Path, sets: list[str]) -> dict[str, bytes]:
+    "The files of some data sets by name, and what is in them."
+    return {f"{name}/{path.name}": path.read_bytes() for name in sets for path in (assets / name).iterdir()}
 
 
 # --- how it is made ---
 
 
-@pytest.mark.parametrize(("script", "folder"), [("pharmacy", FOLDER), ("leaflets", LEAFLETS)])
-def test_made_again_byte_for_byte(script: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "out", "sets"),
+    [("pharmacy", ".", QUESTION_SETS), ("leaflets", "pharmacy-leaflets", ["pharmacy-leaflets"])],
+)
+def test_made_again_byte_for_byte(script: str, out: str, sets: list[str], tmp_path: Path) -> None:
+    wanted = files_in(ASSETS, sets)
     for hash_seed in ("1", "2"):
-        files = made(script, tmp_path / hash_seed, hash_seed=hash_seed)
-        assert [path.name for path in files] == sorted(path.name for path in folder.iterdir())
-        for path in files:
-            assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+        assets = tmp_path / hash_seed
+        made(script, assets / out, hash_seed=hash_seed)
+        assert sorted(path.name for path in assets.iterdir()) == sorted(sets)
+        files = files_in(assets, sets)
+        assert files.keys() == wanted.keys()
+        assert [name for name, content in files.items() if content != wanted[name]] == []
 
 
 def test_more_rows_to_train_on_change_nothing_else(tmp_path: Path) -> None:
     made("pharmacy", tmp_path, "--train", "3300")
-    more = {row["text"] for row in stored(tmp_path / "train.jsonl")}
+    more = {row["text"] for row in stored(path_of("train", tmp_path))}
     assert len(more) == 3300 and {row["text"] for row in SPLITS["train"]} <= more
     for split in SIZES.keys() - {"train"}:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / f"{split}.jsonl").read_bytes(), split
+        assert path_of(split, tmp_path).read_bytes() == path_of(split).read_bytes(), split
 
 
 # --- the world ---
@@ -146,7 +163,8 @@ def test_a_product_is_as_strict_as_the_strictest_of_its_ingredients() -> None:
 
 def test_the_notice_is_there() -> None:
     assert WORLD["notice"] == NOTICE
-    assert all(NOTICE in (folder / "README.md").read_text(encoding="utf-8") for folder in (FOLDER, LEAFLETS))
+    for name in (*QUESTION_SETS, "pharmacy-leaflets"):
+        assert NOTICE in (ASSETS / name / "README.md").read_text(encoding="utf-8"), name
 
 
 # --- the rows ---
@@ -174,13 +192,13 @@ def test_text_and_metadata_agree(split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_spans_say_what_they_cover(split: str) -> None:
-    names = written("chinese")["names"] if split == "chinese" else {}
+    names = written("chinese")["names"] if split == "chinese/test" else {}
     for row in SPLITS[split]:
         wanted = {}
         for item in (row["first"], row["second"]):
             label = "product" if item in PRODUCTS else "kind" if item in KINDS else "ingredient"
             wanted[names.get(item, re.sub("^an? ", "", item)).lower()] = label
-        found = {row["text"][span["start"] : span["end"]].lower(): span["label"] for span in row["spans"]}
+        found = {row["text"][span["start"] : span["stop"]].lower(): span["label"] for span in row["spans"]}
         assert found == wanted and len(row["spans"]) == 2, row
 
 
@@ -224,7 +242,7 @@ def test_sizes_and_balance() -> None:
     assert {split: len(rows) for split, rows in SPLITS.items()} == SIZES
     for split, rows in SPLITS.items():
         counts = Counter(row["label"] for row in rows)
-        assert set(counts) == set(WORLD["labels"]) - ({"depends"} if split in LEAFLET_SPLITS else set())
+        assert set(counts) == set(WORLD["labels"]) - ({"depends"} if split in UNREAD else set())
         assert max(counts.values()) <= 0.3 * len(rows)
     assert [len(WORLD["phrasings"][hand]) for hand in ("train", "valid", "test")] == [63, 12, 30]
     assert {row["phrasing"] for row in SPLITS["train"]} == {f"train-{i}" for i in range(63)}
@@ -234,7 +252,8 @@ def test_sizes_and_balance() -> None:
 
 
 def test_no_text_occurs_twice() -> None:
-    texts = [row["text"] for rows in SPLITS.values() for row in rows] + [row["english"] for row in SPLITS["chinese"]]
+    texts = [row["text"] for rows in SPLITS.values() for row in rows]
+    texts += [row["english"] for row in SPLITS["chinese/test"]]
     counts = Counter(" ".join(text.lower().split()) for text in texts)
     assert [text for text, n in counts.items() if n > 1] == []
 
@@ -255,14 +274,14 @@ def test_validation_says_nothing_about_test() -> None:
     pairs = {split: [row for row in SPLITS[split] if row["split_reason"] == "pair"] for split in ("valid", "test")}
     assert not pairs_of(pairs["valid"]) & pairs_of(SPLITS["test"])
     assert not pairs_of(pairs["test"]) & pairs_of(SPLITS["valid"])
-    told = {split: {name for row in SPLITS[split] for name in row["products"]} for split in LEAFLET_SPLITS}
-    assert not told["leaflet_valid"] & told["leaflet_test"] & LEAFLET_ONLY
+    told = {split: {name for row in SPLITS[split] for name in row["products"]} for split in UNREAD}
+    assert not told["unread/valid"] & told["unread/test"] & LEAFLET_ONLY
 
 
-@pytest.mark.parametrize("split", ["valid", "test", *LEAFLET_SPLITS])
+@pytest.mark.parametrize("split", ["valid", "test", *UNREAD])
 def test_near_copies_are_those_that_are_meant(split: str) -> None:
     "A pair held out stands in a phrasing of training; no other text of valid and test is near one of training."
-    rows = read_rows(str(FOLDER / f"{split}.jsonl"))
+    rows = read_rows(path_of(split))
     for match in find_copies(rows, read_rows("pharmacy")):
         row, other = rows[match.index], SPLITS["train"][match.other]
         assert match.kind == "near" and row["split_reason"] in {"pair", "leaflet"}, row["text"]
@@ -327,9 +346,9 @@ def used_wordings(rows: list[dict], sort: str) -> dict[str, set[str]]:
 
 def test_leaflet_only_products_are_in_no_question_of_train_valid_and_test() -> None:
     assert len(LEAFLET_ONLY) == 12
-    for row in (row for split in ("train", "valid", "test", "chinese") for row in SPLITS[split]):
+    for row in (row for split in ("train", "valid", "test", "chinese/test") for row in SPLITS[split]):
         assert not named_in(f"{row['text']} {row['contents']} {row['answer']}", LEAFLET_ONLY), row
-    for row in (row for split in LEAFLET_SPLITS for row in SPLITS[split]):
+    for row in (row for split in UNREAD for row in SPLITS[split]):
         assert len(set(row["products"]) & LEAFLET_ONLY) == 1 and row["split_reason"] == "leaflet"
         assert row["phrasing"].startswith("train-") and row["kind"] == "product"
 
@@ -339,7 +358,7 @@ def test_stated_is_what_a_leaflet_states() -> None:
     for row in (row for rows in TOLD.values() for row in rows):
         texts[row["product"]] += row["text"] + " "
         assert named_in(row["text"], LEAFLET_ONLY) <= {row["product"]}, "no other leaflet tells of it"
-    for split in LEAFLET_SPLITS:
+    for split in UNREAD:
         for row in SPLITS[split]:
             (name,) = set(row["products"]) & LEAFLET_ONLY
             (other,) = {row["first"], row["second"]} - {name}
@@ -395,18 +414,18 @@ def test_chinese_questions_ask_the_same() -> None:
     assert set(reasons) == {rule["id"] for rule in WORLD["rules"]}
     items = {text: item for item, text in names.items()} | {name: name for name in PRODUCTS}
     longest_first = "|".join(sorted(map(re.escape, items), key=len, reverse=True))
-    for row in SPLITS["chinese"]:
+    for row in SPLITS["chinese/test"]:
         one, other = (items[text] for text in re.findall(longest_first, row["text"]))
         assert row["label"] == verdict_of(one, other) and {one, other} == {row["first"], row["second"]}
         kinds = {item: re.sub("^an? ", "", item) for item in (one, other)}
         assert all(item.lower() in row["english"].lower() for item in kinds.values())
         assert frozenset((one, other)) in pairs_of(SPLITS["train"])
-    assert len({row["phrasing"] for row in SPLITS["chinese"]}) >= 20
+    assert len({row["phrasing"] for row in SPLITS["chinese/test"]}) >= 20
 
 
 def test_chinese_answers_are_a_verdict_and_a_reason() -> None:
     words = written("chinese")
-    for row in SPLITS["chinese"]:
+    for row in SPLITS["chinese/test"]:
         verdict, reason, rest = row["answer"].split("。")
         assert not rest and [label for label, o in IN_CHINESE.items() if verdict.startswith(o)] == [row["label"]]
         ids = [rule["id"] for rule in WORLD["rules"] if rule["reason"] == row["reason"]]

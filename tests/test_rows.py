@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from llmft_nb.cleaning import clean
-from llmft_nb.core import UserError
+from llmft_nb.core import UserError, assets_folder
 from llmft_nb.data import step_order
 from llmft_nb.dialogues import check_instruct
 from llmft_nb.formats import parse_records
@@ -385,14 +385,23 @@ def test_columns(write: Callable[[str, bytes], Path]) -> None:
 
 
 def test_shipped_data_is_sound() -> None:
+    held_out_only = {"pharmacy-unread": {"valid", "test"}, "pharmacy-chinese": {"test"}}  # Asked after `pharmacy`
     for name, known in DATA_CATALOGUE.items():
-        splits = {split: read_rows(name, split=split) for split in ("train", "valid", "test")}
+        folder = assets_folder() / "data" / name
+        there = {path.stem for path in folder.glob("*.jsonl")}
+        assert there == held_out_only.get(name, {"train", "valid", "test"})
+        splits = {split: read_rows(name, split=split) for split in there}
+        for split, rows in splits.items():
+            assert read_rows(folder, split=split).rows == rows.rows, "a folder's files are read as their own split only"
+        train = splits.pop("train") if "train" in there else read_rows("pharmacy")
         if name != "pharmacy-leaflets":  # Running text
-            splits = {split: check_classify(rows) for split, rows in splits.items()}
-            assert find_label_names(splits["train"]) == find_label_names(splits["test"])
-        assert drop_leaks(splits["train"], {key: splits[key] for key in ("valid", "test")})[1].leaks == []
+            names = find_label_names(check_classify(train))
+            splits = {split: check_classify(rows, names) for split, rows in splits.items()}
+            assert name == "pharmacy-unread" or find_label_names(splits["test"]) == names  # It names no kinds
+        assert drop_leaks(train, splits)[1].leaks == []
         assert "not medical advice" in known.notice
-    assert "there is test, train, valid" in refusal("pharmacy-reviews", split="extra").mend
+    assert "there is test, train, valid" in refusal("pharmacy", split="extra").mend
+    assert refusal("pharmacy-unread", split="train").mend == "there is test, valid"
 
 
 # --- checking --------------------------------------------------------------------------------------------------

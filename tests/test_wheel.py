@@ -11,6 +11,8 @@ from pathlib import Path
 import house_checks as house
 import pytest
 
+from llmft_nb.sources import DATA_CATALOGUE
+
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_BYTES = 25_000_000
 
@@ -63,7 +65,8 @@ def test_wheel_carries_its_assets(wheel):
         "llmft_nb/assets/pages/card.md",
     ):
         assert name in names
-    assert any(name.startswith("llmft_nb/assets/data/pharmacy/") for name in names)
+    for data in DATA_CATALOGUE:
+        assert {f"llmft_nb/assets/data/{data}/{file}" for file in ("README.md", "test.jsonl")} <= set(names)
     assert {Path(name).name for name in names} >= {"LICENSE", "NOTICE", "entry_points.txt"}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"llmft_nb"}
 

@@ -151,10 +151,10 @@ product's leaflets speak of is fixed for the product: half of the ingredients th
 products. The rest is in no leaflet; a reader has to put it together from compositions, classes and what is told of
 other products. Pairs that share an ingredient are never stated as such.
 
-{n_leaflet_only} products are told of only here: no question of `pharmacy` in train, valid or test names them, and its
-files `leaflet_valid.jsonl` and `leaflet_test.jsonl` ask about them, with `stated` where a leaflet has said it. Of the
-other products the leaflets also state pairs that the test of `pharmacy` holds out: after reading them, a model has
-been told the verdict of some of these, though never in the form of a question.
+{n_leaflet_only} products are told of only here: no question of `pharmacy` names them, and the data set
+`pharmacy-unread` asks about them, with `stated` where a leaflet has said it. Of the other products the leaflets also
+state pairs that the test of `pharmacy` holds out: after reading them, a model has been told the verdict of some of
+these, though never in the form of a question.
 
 ## Splits
 Validation and test have a leaflet of each product, in wordings that no leaflet of train uses and that they do not

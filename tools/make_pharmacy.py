@@ -2,9 +2,10 @@
 
     python tools/make_pharmacy.py
 
-writes `llmft_nb/assets/data/pharmacy` (`world.json`, six JSONL files, `README.md`), byte for byte the same at every
-run. The pieces lie in `tools/world`, what follows from them in `tools/pharmacy_world.py`; the questions are phrased by
-two hands, one for training and validation, the other for the test. `tools/make_leaflets.py` makes the leaflets.
+writes three folders to `llmft_nb/assets/data`, byte for byte the same at every run: `pharmacy` with `world.json`,
+`pharmacy-unread` with questions about products that only leaflets tell of, and `pharmacy-chinese`. The pieces lie in
+`tools/world`, what follows from them in `tools/pharmacy_world.py`; the questions are phrased by two hands, one for
+training and validation, the other for the test. `tools/make_leaflets.py` makes the leaflets.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import argparse
 import itertools
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from pharmacy_cards import write_cards
 from pharmacy_world import (
     ASSETS,
     LABELS,
-    NOTICE,
     Finding,
     Judge,
     Part,
@@ -37,7 +38,9 @@ from pharmacy_world import (
 TOUR = ("ibuprofen", "a cold medicine")  # Asked before and after fine-tuning; in no other split than test
 TOUR_PRODUCT = ("ibuprofen", "Ellorquay")  # The same shelf, and now the composition decides
 TOUR_PHRASINGS = ["Can {x} be taken together with {y}?", "Can I take {x} with {y}?"]
-N_ROWS = {"train": 3000, "valid": 300, "test": 500, "leaflet_valid": 60, "leaflet_test": 250, "chinese": 100}
+N_ROWS = {"train": 3000, "valid": 300, "test": 500}
+N_UNREAD = {"valid": 60, "test": 250}
+N_CHINESE = 100
 SHARES = {"safe": 0.20, "caution": 0.18, "avoid": 0.27, "unknown": 0.20, "depends": 0.15}
 HELD_OUT = {"valid": 0.10, "test": 0.16}  # Share of each label's pairs that only this split may ask about
 VALID_EVERY, VALID_FIRST = 6, 3  # Which phrasings of the first hand are kept for validation
@@ -73,7 +76,7 @@ def find_spans(text: str, items: dict[str, str]) -> list[dict]:
     spans = []
     for item, label in items.items():
         (found,) = re.finditer(re.escape(item), text, re.IGNORECASE)
-        spans.append({"start": found.start(), "end": found.end(), "label": label})
+        spans.append({"start": found.start(), "stop": found.end(), "label": label})
     return sorted(spans, key=lambda span: span["start"])
 
 
@@ -247,8 +250,13 @@ def make_leaflet_rows(ask: Questioner, products: list[str], phrasings: list[Phra
     return rows
 
 
-def make_splits(judge: Judge, phrasings: dict[str, list[Phrasing]], n_train: int, seed: int) -> dict[str, list[dict]]:
-    "All rows; valid and test ask half of old pairs in new phrasings, half of new pairs in old phrasings."
+def in_order(rows: list[dict], seed: int) -> list[dict]:
+    "Rows in an order that depends on their texts alone, whatever else is told of them."
+    return sorted(rows, key=lambda row: number_of(seed, "order", row["text"]))
+
+
+def make_sets(judge: Judge, phrasings: dict[str, list[Phrasing]], n_train: int, seed: int) -> dict[str, dict]:
+    "Rows by set and split; valid and test ask half of old pairs in new phrasings, half of new pairs in old phrasings."
     pairs, ask = split_pairs(judge, seed), Questioner(judge, seed)
     first_hand = phrasings["train"]
     tours = [row for two in zip((TOUR, TOUR_PRODUCT), phrasings["tour"]) for row in ask.ask(*two, "pair")]
@@ -265,114 +273,39 @@ def make_splits(judge: Judge, phrasings: dict[str, list[Phrasing]], n_train: int
             rows[max(i for i, row in enumerate(rows) if row["label"] == tour["label"])] = tour
         splits[split] += rows
     others = [name for name in judge.leaflet_only if name not in LEAFLET_VALID]
-    for split, products in (("leaflet_valid", LEAFLET_VALID), ("leaflet_test", others)):
-        splits[split] = make_leaflet_rows(ask, products, first_hand, N_ROWS[split])
+    unread = {
+        split: make_leaflet_rows(ask, products, first_hand, N_UNREAD[split])
+        for split, products in (("valid", LEAFLET_VALID), ("test", others))
+    }
     even = dict.fromkeys(LABELS, 1 / len(LABELS))
-    rows = ask.ask_about(seen["chinese"], even, phrasings["test"], N_ROWS["chinese"], "chinese")
-    splits["chinese"] = [in_chinese(judge, *two) for two in zip(rows, itertools.cycle(phrasings["chinese"]))]
-    return {split: shuffled(rows, seed, "order") for split, rows in splits.items()}
+    rows = ask.ask_about(seen["chinese"], even, phrasings["test"], N_CHINESE, "chinese")
+    chinese = {"test": [in_chinese(judge, *two) for two in zip(rows, itertools.cycle(phrasings["chinese"]))]}
+    sets = {"pharmacy": splits, "pharmacy-unread": unread, "pharmacy-chinese": chinese}
+    return {name: {split: in_order(rows, seed) for split, rows in parts.items()} for name, parts in sets.items()}
 
 
 # --- files ---
 
 
-def data_card(world: dict, splits: dict[str, list[dict]]) -> str:
-    "The README of the folder, with the counts of what was made."
-    lines = ["| file | rows | " + " | ".join(LABELS) + " |", "| --- " * (len(LABELS) + 2) + "|"]
-    for split, rows in splits.items():
-        counts = Counter(row["label"] for row in rows)
-        lines.append(f"| {split}.jsonl | {len(rows):,} | " + " | ".join(str(counts[label]) for label in LABELS) + " |")
-    return CARD.format(
-        notice=NOTICE,
-        table="\n".join(lines),
-        n_classes=len({row["class"] for row in world["ingredients"]}),
-        n_leaflet_only=sum(row.get("leaflet_only", False) for row in world["products"]),
-        n_stated=sum(row["stated"] for row in splits["leaflet_test"]),
-        n_leaflet_test=len(splits["leaflet_test"]),
-        **{f"n_{part}": len(world[part]) for part in ("ingredients", "rules", "products")},
-        **{f"n_{split}": len(phrasings) for split, phrasings in world["phrasings"].items()},
-    )
-
-
-CARD = """# The house pharmacy
-
-**{notice}**
-
-Questions about taking X together with Y, each with a verdict and an answer. X and Y are an active ingredient, a
-product of a fictional pharmacy, or only a kind of medicine ("a cold medicine").
-
-{table}
-
-## The world
-`world.json` holds {n_ingredients} real active ingredients in {n_classes} classes, {n_rules} rules between classes
-and {n_products} fictional products, each with a declared composition. Every rule has a plain reason and a public
-source: title, organisation, address, and what it says, in our own words (`checked` where that was compared with the
-page itself). No product is a real brand, as far as we know, and no name hints at what is in it.
-
-- `safe`: a rule says so for every pair of ingredients. Usual adult doses, no other illness, no pregnancy.
-- `caution`: allowed under conditions (checks, hours apart, short use).
-- `avoid`: a rule forbids it, or both contain the same ingredient, which would be taken twice.
-- `unknown`: no rule speaks, so ask a pharmacist. Absence of a rule is never `safe`.
-- `depends`: only a kind was named, and its products would get different verdicts.
-
-The strictest verdict over all pairs of ingredients wins: avoid, then caution, then unknown, then safe.
-
-## Columns
-- `text`, `label`
-- `kind` of the items asked about (ingredient, product, kind); `first` and `second`, the items in the places of x and
-  y; `products`, those among them
-- `phrasing`: its name; `train-7` is number 7, from 0, of the phrasings of train in `world.json`
-- `split_reason`: why the row is where it is, see below; `reason`: what the verdict rests on, in a clause
-- `contents`: what the products named contain, in one sentence; empty where none is named
-- `answer`: two sentences, the verdict and the reason. The first words tell the verdict: "Yes", "Take care", "No",
-  "Ask a pharmacist", "It depends"
-- `spans`: where the two items stand in `text`, in characters, each with the label ingredient, product or kind; the
-  article of a kind is no part of it
-- `stated` (leaflet files only): whether a leaflet says in so many words what holds for this pair
-- `english` (`chinese.jsonl` only): the same question in English
-
-## Splits
-The questions are phrased by two hands. Of the first hand's phrasings {n_train} are for training and {n_valid} only for
-validation; the {n_test} of the second hand are only for test. Half of validation and test asks about pairs of train in
-phrasings held out (`split_reason` is `phrasing`), half about pairs held out, in either order, in phrasings of train
-(`pair`). No text occurs twice. Two questions of the test, `tour` and `tour_product` in `world.json`, are asked
-throughout the course; their pairs are held out and their phrasings occur nowhere else.
-
-{n_leaflet_only} products occur in no question of train, valid and test: what they contain is told only in the leaflets
-of the data set `pharmacy-leaflets`. `leaflet_valid.jsonl` asks about three of them, `leaflet_test.jsonl` about the
-others, each with an ingredient or a product of train, in phrasings of train. Of the {n_leaflet_test} questions of the
-latter {n_stated} are about pairs that a leaflet states; the rest has to be put together from what it tells.
-
-`chinese.jsonl` asks in Chinese, in {n_chinese} phrasings, about pairs of train; products keep their names. It is for
-base models that have read Chinese.
-
-## What it is not for
-The rules are few, written for a course, and know nothing of doses, ages, illnesses or pregnancy. A model trained on
-these rows must not advise anybody.
-
-## Origin and licence
-Made by `tools/make_pharmacy.py` from `tools/world` and a fixed seed, without any person's data. `--train` makes more
-rows for training; the other files stay as they are. Apache-2.0, like the package.
-"""
-
-
 def main() -> None:
-    "World, rows and data card, written to the folder of assets."
+    "World, rows and data cards, written to the folder of assets."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ASSETS / "pharmacy")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="parent folder of the three sets")
     parser.add_argument("--train", type=int, default=N_ROWS["train"], metavar="N", help="rows for training")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.train < N_ROWS["train"]:
         parser.error(f"--train must be at least {N_ROWS['train']}, for valid and test rest on these rows")
     judge, phrasings = read_judge(), split_phrasings()
-    splits = make_splits(judge, phrasings, arguments.train, arguments.seed)
+    sets = make_sets(judge, phrasings, arguments.train, arguments.seed)
     tours = [write_question(*two) for two in ((TOUR_PHRASINGS[0], *TOUR), (TOUR_PHRASINGS[1], *TOUR_PRODUCT))]
     texts = {split: [phrasing.text for phrasing in part] for split, part in phrasings.items()}
     world = judge.world | {"phrasings": texts, "tour": tours[0], "tour_product": tours[1]}
-    files = {"world.json": json.dumps(world, indent=1, ensure_ascii=False) + "\n"}
-    files |= {f"{split}.jsonl": as_lines(rows) for split, rows in splits.items()}
-    write_files(arguments.out, files | {"README.md": data_card(world, splits)})
+    cards = write_cards(world, sets)
+    for name, splits in sets.items():
+        files = {"world.json": json.dumps(world, indent=1, ensure_ascii=False) + "\n"} if name == "pharmacy" else {}
+        files |= {f"{split}.jsonl": as_lines(rows) for split, rows in splits.items()}
+        write_files(arguments.out / name, files | {"README.md": cards[name]})
 
 
 if __name__ == "__main__":
