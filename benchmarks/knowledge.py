@@ -1,0 +1,139 @@
+"""How many rows does a verdict take? Learning curves on the house pharmacy, from the base and from random weights.
+
+    python benchmarks/knowledge.py [--rows 100 300 1000 3000] [--ways full random] [--seeds 3] [--json FILE]
+
+For each number of rows (the first of the training split; another draw for each seed) the embedded base is tuned in
+each of the ways and asked about the whole test: phrasings of another hand, and pairs no training row is about. A way
+is a strategy (`full`, `top:2`, `head`), or `random`: everything moves, from random weights. Beside them stand the
+commonest label and word counts (TF-IDF with a logistic regression) on the same rows. The last figure is the worst
+mistake: the share of what is to be avoided that was answered `safe`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmft_nb.finetune import finetune
+from llmft_nb.report import read_lines
+from llmft_nb.resampling import paired_permutation
+from llmft_nb.rows import read_rows
+from llmft_nb.scores import majority_baseline, tfidf_baseline
+
+Rows = list[dict[str, Any]]
+
+
+def n_epochs(n_rows: int, steps: int, batch_size: int) -> int:
+    "Epochs for about so many steps, whatever the rows: at least 3, at most 60."
+    return max(3, min(60, round(steps * batch_size / n_rows)))
+
+
+def tuned(train: Rows, sets: dict[str, Rows], way: str, arguments: argparse.Namespace, seed: int) -> list[str]:
+    "What a tuned model answers to the test."
+    start = {"init": "random"} if way == "random" else {"strategy": way}
+    with tempfile.TemporaryDirectory() as scratch:
+        run = finetune(
+            train,
+            valid=sets["valid"],
+            test=sets["test"],
+            model=arguments.model,
+            epochs=n_epochs(len(train), arguments.steps, arguments.batch_size),
+            batch_size=arguments.batch_size,
+            lr=arguments.lr,
+            seed=seed,
+            leaks="allow",
+            out=Path(scratch) / "run",
+            callbacks=(),
+            **start,
+        )
+        return [str(line["predicted"]) for line in read_lines(run.folder / "test_predictions.jsonl")]
+
+
+class Table:
+    "Answers by number of rows, way and seed, and what they come to."
+
+    def __init__(self, test: Rows) -> None:
+        self.labels = np.array([row["label"] for row in test])
+        why = np.array([row["split_reason"] for row in test])
+        self.parts = {"all": why != "", "phrasings": why == "phrasing", "pairs": why == "pair"}
+        self.answers: dict[tuple[int, str], list[np.ndarray]] = {}
+
+    def add(self, n_rows: int, way: str, answers: list[str]) -> None:
+        self.answers.setdefault((n_rows, way), []).append(np.array(answers))
+
+    def right(self, n_rows: int, way: str) -> np.ndarray:
+        "For each test row the share of seeds that answered it right."
+        return np.mean([found == self.labels for found in self.answers[n_rows, way]], axis=0)
+
+    def line(self, n_rows: int, way: str) -> dict[str, Any]:
+        "Shares of right answers with what the seeds range over, and of `avoid` answered as `safe`."
+        found = self.answers[n_rows, way]
+        line: dict[str, Any] = {"rows": n_rows, "way": way, "seeds": len(found)}
+        for part, chosen in self.parts.items():
+            shares = [float((one == self.labels)[chosen].mean()) for one in found]
+            line[part] = [float(np.mean(shares)), min(shares), max(shares)]
+        avoid = self.labels == "avoid"
+        line["avoid as safe"] = float(np.mean([(one == "safe")[avoid].mean() for one in found]))
+        return line
+
+    def show(self, n_rows: int, way: str, seconds: float) -> None:
+        line = self.line(n_rows, way)
+        shares = "  ".join("{} {:5.1%} [{:.1%}, {:.1%}]".format(part, *line[part]) for part in self.parts)
+        print(
+            f"{n_rows:>6,} {way:<12} {shares}  avoid as safe {line['avoid as safe']:.1%}  {seconds:.0f} s", flush=True
+        )
+
+    def compare(self, n_rows: int, one: str, other: str) -> None:
+        "The paired difference over all seeds, by part."
+        for part, chosen in self.parts.items():
+            paired = paired_permutation(self.right(n_rows, one)[chosen], self.right(n_rows, other)[chosen])
+            points = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+            print(f"{n_rows:>6,} {one} minus {other}, {part}: {points}, p = {paired.p_value:.2g}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--train", type=Path, help="a file of more training rows (tools/make_pharmacy.py --train)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[100, 300, 1000, 3000])
+    parser.add_argument("--ways", nargs="+", default=["full", "random"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the optimizer, about")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--json", type=Path, help="write the lines there as well")
+    arguments = parser.parse_args()
+    sets = {split: list(read_rows("pharmacy", split=split)) for split in ("train", "valid", "test")}
+    if arguments.train:
+        sets["train"] = list(read_rows(arguments.train))
+    table = Table(sets["test"])
+    texts = [row["text"] for row in sets["test"]]
+    for n_rows in arguments.rows:
+        for way in ("commonest", "word counts", *arguments.ways):
+            started = time.monotonic()
+            for seed in range(arguments.seeds):
+                train = random.Random(seed).sample(sets["train"], min(n_rows, len(sets["train"])))  # noqa: S311
+                labels = [row["label"] for row in train]
+                if way == "commonest":
+                    answers = majority_baseline(labels, len(texts))
+                elif way == "word counts":
+                    answers = tfidf_baseline([row["text"] for row in train], labels, texts)
+                else:
+                    answers = tuned(train, sets, way, arguments, seed)
+                table.add(n_rows, way, answers)
+            table.show(n_rows, way, time.monotonic() - started)
+        for other in ("word counts", *arguments.ways[1:]):
+            table.compare(n_rows, arguments.ways[0], other)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([table.line(*key) for key in table.answers], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The script that makes the base models: it goes on where it stopped, and its tasks are what they say."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import books  # noqa: E402
+import pretrain  # noqa: E402
+
+SMALL = {
+    "tiny": pretrain.Plan(32, 48, n_layers=1, n_heads=2, n_kv_heads=1, lr=1e-2, n_rows=4, length=16),
+    "tiny-encoder": pretrain.Plan(
+        32, 48, n_layers=1, n_heads=2, n_kv_heads=2, lr=1e-2, n_rows=4, length=16, mask_frac=0.3
+    ),
+}
+STORY = "The king had three sons. The sons had a dog. The dog had a house, and the house had a king. "
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "A folder of books of one sentence each, and models to match."
+    (tmp_path / "pretrain").mkdir()
+    for split in books.FILES:
+        row = json.dumps({"text": STORY * 20, "title": "Kings", "author": "Nobody", "source": "here"})
+        (tmp_path / "pretrain" / f"{split}.jsonl").write_text(row + "\n")
+    monkeypatch.setattr(books, "FILES", {"train": ("train.jsonl",), "valid": ("valid.jsonl",)})
+    monkeypatch.setattr(pretrain, "VOCABULARY", 300)
+    monkeypatch.setattr(pretrain, "PLANS", SMALL)
+    monkeypatch.setenv("LLMFT_DATA", str(tmp_path))
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_cut_in_two_equals_the_whole(work: Path, name: str) -> None:
+    whole = pretrain.Run(name, work, seed=0)
+    losses = [whole.step(1e-2) for _ in range(12)]
+    first = pretrain.Run(name, work, seed=0)
+    parts = [first.step(1e-2) for _ in range(7)]
+    first.save()
+    second = pretrain.Run(name, work, seed=0)
+    parts += [second.step(1e-2) for _ in range(5)]
+    assert parts == losses
+    assert losses[-1] < losses[0]
+    for one, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_epoch_reads_everything_once(work: Path) -> None:
+    plan = SMALL["tiny"]
+    stream = np.arange(16 * 4 * 5 + 16, dtype=np.uint16)
+    for epoch in (0, 1):
+        rows = torch.cat([pretrain.rows_of_step(stream, plan, 5 * epoch + step, seed=0) for step in range(5)])
+        starts = sorted(int(row[0]) for row in rows)
+        assert np.diff(starts).tolist() == [16] * 19
+        assert all((row == torch.arange(int(row[0]), int(row[0]) + 16)).all() for row in rows)
+
+
+def test_counted_vectors_are_near_where_the_company_is_the_same() -> None:
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(0, 2, 4000)  # 0 and 1 stand among 4 and 5, 2 and 3 among 6 and 7
+    stream = np.stack([2 * pairs + rng.integers(0, 2, 4000), 4 + 2 * pairs + rng.integers(0, 2, 4000)], 1).ravel()
+    vectors = pretrain.count_vectors(stream, 8, 4, window=1)
+    alike = torch.nn.functional.cosine_similarity
+    assert alike(vectors[0], vectors[1], dim=0) > alike(vectors[0], vectors[2], dim=0) + 0.5
+
+
+def test_the_folder_that_is_written_can_be_tuned(work: Path, tmp_path: Path) -> None:
+    from llmft_nb.finetune import finetune
+
+    rows = [{"text": f"{word} {i}", "label": word} for word in ("king", "dog") for i in range(8)]
+    held_out = [{"text": f"{word} {i}", "label": word} for word in ("king", "dog") for i in range(8, 16)]
+    for name in SMALL:
+        run = pretrain.Run(name, work, seed=0)
+        run.step(1e-2)
+        run.finish(tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert "| Kings | Nobody | here |" in card
+        figures = json.loads((tmp_path / name / "pretraining.json").read_text())
+        assert figures["tokens_seen"] == 64
+        assert 1 < figures["heldout"]["bytes_per_token"] < 10
+        assert figures["heldout"]["five_gram"] < figures["heldout"]["unigram"]
+        sets = {"valid": held_out, "test": held_out, "out": tmp_path / f"{name}-run"}
+        tuned = finetune(rows, model=tmp_path / name, epochs=1, leaks="allow", **sets)
+        assert tuned.record.scores["test"]["accuracy"]["n"] == 16

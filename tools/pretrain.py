@@ -1,0 +1,306 @@
+"""Pretrain the embedded base models `tiny` (a Llama) and `tiny-encoder` (a ModernBERT) on public-domain books.
+
+    python tools/pretrain.py tiny --minutes 90          # goes on from where the last call stopped
+    python tools/pretrain.py tiny --minutes 10 --anneal # lets the rate fall to nothing, then writes the model's folder
+
+reads the books that `tools/books.py` names, works in `--work` (tokens, weights, the optimizer's state, the curve) and
+writes `llmft_nb/assets/models/<name>`: weights in 16 bits, configuration, tokenizer, `pretraining.json` with every
+figure of the run, and the card. The order of the rows is a function of the step alone, so that a run cut in two reads
+what the whole one would have. Where a GPU is at hand it is used, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from base_card import bytes_per_token, counted, filled, samples, write_card
+from books import MAX_LENGTH, ROOT, SPECIAL_TOKENS, Left, encode_stream, read_books, train_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 6144
+
+
+@dataclass(frozen=True)
+class Plan:
+    "The sizes and rates of one model's pretraining."
+
+    width: int  # Of the hidden states
+    inner: int  # Of each block's feed-forward layer
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int  # Heads of keys and values; fewer than `n_heads` shares them
+    lr: float
+    n_rows: int  # Rows a step
+    length: int = 256  # Tokens a row
+    mask_frac: float = 0.0  # Share of tokens to be foretold; 0 foretells every next token
+    weight_decay: float = 0.1
+    n_warmup: int = 200  # Steps over which the rate rises, at the start and after each pause
+
+
+PLANS = {
+    "tiny": Plan(width=256, inner=640, n_layers=6, n_heads=8, n_kv_heads=4, lr=2e-3, n_rows=8),
+    "tiny-encoder": Plan(192, 288, n_layers=6, n_heads=6, n_kv_heads=6, lr=2e-3, n_rows=16, length=128, mask_frac=0.3),
+}
+
+
+def build(name: str, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    "The model with random weights. Its head is tied to the token vectors: one table is read and written."
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": plan.width,
+        "intermediate_size": plan.inner,
+        "num_hidden_layers": plan.n_layers,
+        "num_attention_heads": plan.n_heads,
+        "max_position_embeddings": MAX_LENGTH,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    if name == "tiny":
+        return LlamaForCausalLM(LlamaConfig(**shared, num_key_value_heads=plan.n_kv_heads))
+    special = {"cls_token_id": tokenizer.eos_token_id, "sep_token_id": tokenizer.eos_token_id}
+    config = ModernBertConfig(**shared, **special, classifier_pooling="mean", global_attn_every_n_layers=1)
+    return ModernBertForMaskedLM(config)
+
+
+def count_vectors(stream: np.ndarray, n_tokens: int, width: int, window: int = 8) -> torch.Tensor:
+    """Token vectors from counts alone: tokens that stand near the same tokens get vectors near to each other.
+
+    How often two tokens stand at most `window` apart, as positive pointwise mutual information with the contexts'
+    frequencies raised to 0.75, is factorised, the singular values at half their power (Levy, Goldberg and Dagan,
+    *Improving Distributional Similarity with Lessons Learned from Word Embeddings*, TACL 2015).
+    """
+    counts = np.zeros(n_tokens * n_tokens, dtype=np.float32)
+    ids = stream.astype(np.int64)
+    for distance in range(1, window + 1):
+        counts += np.bincount(ids[:-distance] * n_tokens + ids[distance:], minlength=n_tokens * n_tokens)
+    counts_TT = torch.from_numpy(counts.reshape(n_tokens, n_tokens))
+    counts_TT = counts_TT + counts_TT.T
+    context_T = counts_TT.sum(0) ** 0.75
+    share_T = context_T / context_T.sum()
+    pmi_TT = (counts_TT / counts_TT.sum(1, keepdim=True).clamp(min=1) / share_T.clamp(min=1e-12)).clamp(min=1).log()
+    torch.manual_seed(0)
+    left, singular, _ = torch.svd_lowrank(pmi_TT, q=width + 32, niter=4)
+    return left[:, :width] * singular[:width].sqrt()
+
+
+def start_from_counts(model: nn.Module, stream: np.ndarray) -> None:
+    "Replace the random token vectors by counted ones of the same mean square."
+    table = model.get_input_embeddings().weight
+    vectors = count_vectors(stream, *table.shape)
+    vectors -= vectors.mean(0)
+    norms = vectors.norm(dim=1, keepdim=True)
+    vectors = vectors / norms.clamp(min=1e-6) * table.shape[1] ** 0.5
+    rare = norms.squeeze() < 1e-3  # Tokens that hardly occur, control tokens among them, keep their random vectors
+    with torch.no_grad():
+        table[~rare] = vectors[~rare] * table.std()
+
+
+def rows_of_step(stream: np.ndarray, plan: Plan, step: int, seed: int) -> torch.Tensor:
+    "The rows of a step: in each epoch the stream is cut at another place, and its pieces are shuffled."
+    per_epoch = (len(stream) - plan.length) // plan.length // plan.n_rows
+    epoch, place = divmod(step, per_epoch)
+    rng = np.random.default_rng([seed, epoch])
+    shift, order = rng.integers(plan.length), rng.permutation(per_epoch * plan.n_rows)
+    starts = shift + plan.length * order[place * plan.n_rows : (place + 1) * plan.n_rows]
+    return torch.from_numpy(np.stack([stream[s : s + plan.length] for s in starts]).astype(np.int64))
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed: int) -> torch.Tensor:
+    "Nats a foretold token. Of the masked tokens a tenth keeps its face and a tenth gets a random one (BERT, 2018)."
+    if not plan.mask_frac:
+        logits = model(input_ids=ids).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    rng = np.random.default_rng([seed, 1])
+    chosen = torch.from_numpy(rng.random(ids.shape) < plan.mask_frac)
+    how = torch.from_numpy(rng.random(ids.shape))
+    other = torch.from_numpy(rng.integers(len(SPECIAL_TOKENS), model.config.vocab_size, ids.shape))
+    seen = torch.where(how < 0.8, torch.full_like(other, mask_id), torch.where(how < 0.9, other, ids.cpu()))
+    seen = torch.where(chosen, seen, ids.cpu()).to(ids.device)
+    places = chosen.flatten().nonzero().squeeze(1).to(ids.device)
+    hidden = model.model(input_ids=seen).last_hidden_state.flatten(0, 1)[places]
+    return F.cross_entropy(model.decoder(model.head(hidden)).float(), ids.flatten()[places])
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, stream: np.ndarray, plan: Plan, mask_id: int, n_rows: int) -> float:
+    "Mean loss over `n_rows` rows spread over the held-out stream; masks are the same at every call."
+    model.eval()
+    starts = np.linspace(0, len(stream) - plan.length - 1, n_rows).astype(int)
+    device, losses = next(model.parameters()).device, []
+    for part in np.array_split(starts, math.ceil(n_rows / 16)):
+        ids = torch.from_numpy(np.stack([stream[s : s + plan.length] for s in part]).astype(np.int64)).to(device)
+        losses += [loss_of(model, ids, plan, mask_id, int(part[0])).item()] * len(part)
+    model.train()
+    return float(np.mean(losses))
+
+
+def prepare(work: Path) -> tuple[PreTrainedTokenizerFast, dict[str, np.ndarray]]:
+    "Tokenizer and token streams, made once and kept in the work folder."
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "left.json").is_file():
+        tokenizer = train_tokenizer((row["text"] for row in read_books("train")), VOCABULARY)
+        tokenizer.save_pretrained(work / "tokenizer")
+        left = Left()
+        for split in ("train", "valid"):
+            texts = (row["text"] for row in read_books(split, left if split == "train" else None))
+            np.save(work / f"{split}.npy", encode_stream(tokenizer, texts))
+        (work / "left.json").write_text(json.dumps(vars(left)))
+    streams = {split: np.load(work / f"{split}.npy") for split in ("train", "valid")}
+    return AutoTokenizer.from_pretrained(work / "tokenizer"), streams
+
+
+class Run:
+    "A model in training, which can stop after any step and go on."
+
+    def __init__(self, name: str, work: Path, seed: int) -> None:
+        self.name, self.plan, self.seed = name, PLANS[name], seed
+        self.folder = work / name
+        self.tokenizer, self.streams = prepare(work)
+        self.mask_id = self.tokenizer.mask_token_id
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+        self.model = build(name, self.plan, self.tokenizer)
+        self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
+        saved = (self.folder / "state.json").is_file()
+        if not saved:
+            start_from_counts(self.model, self.streams["train"])
+        self.model.to(self.device).train()
+        decayed = [p for p in self.model.parameters() if p.dim() >= 2]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": self.plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.98), fused=True)
+        if saved:
+            self.load()
+        self.begun = self.state["step"]
+
+    def load(self) -> None:
+        "Weights, moments and place of the last save."
+        self.state = json.loads((self.folder / "state.json").read_text())
+        saved = load_file(self.folder / f"state-{self.state['step']}.safetensors", device=str(self.device))
+        with torch.no_grad():
+            for name, weights in self.model.named_parameters():
+                weights.copy_(saved[name])
+                moments = {key: saved[f"{key}:{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+                self.optimizer.state[weights] = moments
+
+    def save(self) -> None:
+        "Keep the state; the file of the save before goes only when the new one is whole."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, weights in self.model.named_parameters():
+            tensors[name] = weights.detach()
+            tensors |= {f"{key}:{name}": value for key, value in self.optimizer.state[weights].items()}
+        file = self.folder / f"state-{self.state['step']}.safetensors"
+        save_file(tensors, file)
+        half = self.folder / "state.json.half"
+        half.write_text(json.dumps(self.state))
+        half.replace(self.folder / "state.json")
+        for old in self.folder.glob("state-*.safetensors"):
+            if old != file:
+                old.unlink()
+
+    def step(self, lr: float) -> float:
+        "One step of the optimizer; returns the loss."
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        ids = rows_of_step(self.streams["train"], self.plan, self.state["step"], self.seed).to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = loss_of(self.model, ids, self.plan, self.mask_id, self.state["step"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state["step"] += 1
+        return loss.item()
+
+    def go_on(self, seconds: float, *, anneal: bool, every: int) -> None:
+        "Train for some seconds; with `anneal` the rate falls to nothing over them."
+        started, before, losses = time.monotonic(), self.state["seconds"], []
+        while (elapsed := time.monotonic() - started) < seconds:
+            rate = min(1.0, (self.state["step"] - self.begun + 1) / self.plan.n_warmup)
+            losses.append(self.step(self.plan.lr * rate * (1 - elapsed / seconds if anneal else 1.0)))
+            self.state["seconds"] = before + time.monotonic() - started
+            if self.state["step"] % every == 0:
+                valid = heldout_loss(self.model, self.streams["valid"], self.plan, self.mask_id, 64)
+                self.state["curve"].append([self.state["step"], round(float(np.mean(losses)), 4), round(valid, 4)])
+                n_tokens = (self.state["step"] - self.begun) * self.plan.n_rows * self.plan.length
+                print(*self.state["curve"][-1], f"{n_tokens / (time.monotonic() - started):.0f} tokens/s", flush=True)
+                losses = []
+                self.save()
+        self.save()
+
+    def finish(self, folder: Path) -> None:
+        "Write the model's folder: weights in 16 bits, tokenizer, figures, card."
+        self.model.to(torch.float16).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.model.to(torch.float32)
+        n_rows = len(self.streams["valid"]) // self.plan.length
+        heldout = {"loss": heldout_loss(self.model, self.streams["valid"], self.plan, self.mask_id, n_rows)}
+        heldout["bytes_per_token"] = bytes_per_token(self.tokenizer, self.streams["valid"])
+        heldout |= counted(self.streams, len(self.tokenizer))
+        on_gpu = self.device.type == "cuda"
+        figures = {
+            "n_weights": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.state["step"],
+            "tokens_seen": self.state["step"] * self.plan.n_rows * self.plan.length,
+            "training_tokens": len(self.streams["train"]),
+            "seconds": round(self.state["seconds"]),
+            "device": torch.cuda.get_device_name()
+            if on_gpu
+            else f"{torch.get_num_threads()} cores ({platform.machine()})",
+            "torch": torch.__version__,
+            "date": datetime.now(UTC).date().isoformat(),
+            "plan": asdict(self.plan),
+            "seed": self.seed,
+            "heldout": heldout,
+            "curve": self.state["curve"],
+            "left": json.loads((self.folder.parent / "left.json").read_text()),
+            "samples": (filled if self.plan.mask_frac else samples)(self.model, self.tokenizer),
+        }
+        write_card(folder, self.name, figures)
+        print({"heldout": heldout, "samples": figures["samples"]})
+
+
+def main() -> None:
+    "Go on with a model's pretraining, and write its folder where it is annealed."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(PLANS))
+    parser.add_argument("--minutes", type=float, default=30.0, help="wall time of the training loop")
+    parser.add_argument("--anneal", action="store_true", help="let the rate fall to nothing, then write the model")
+    parser.add_argument("--work", type=Path, default=ROOT / "pretraining", help="where the run's state is kept")
+    parser.add_argument("--out", type=Path, help="default: llmft_nb/assets/models/<name>")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=500, help="steps between two measurements")
+    arguments = parser.parse_args()
+    run = Run(arguments.name, arguments.work, arguments.seed)
+    n_weights = sum(p.numel() for p in run.model.parameters())
+    print(f"{n_weights:,} weights, {len(run.streams['train']):,} tokens, {run.device}, step {run.begun}", flush=True)
+    run.go_on(60 * arguments.minutes, anneal=arguments.anneal, every=arguments.every)
+    if arguments.anneal:
+        run.finish(arguments.out or ROOT / "llmft_nb" / "assets" / "models" / arguments.name)
+
+
+if __name__ == "__main__":
+    main()
