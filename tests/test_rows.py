@@ -46,7 +46,7 @@ GOOD = '{"text": "Can I take both?", "label": "avoid"}'
 ROWS = [
     {"text": "Can I take both?", "label": "avoid"},
     {"text": 'Is one, or "two", enough?', "label": "safe"},
-    {"text": "Zwei Zeilen\nin einer Frage 💊", "label": "ask"},
+    {"text": "Zwei Zeilen\nin einer Frage 💊", "label": "unknown"},
     {"text": "a separator\u2028pasted in", "text_pair": "and a second text", "label": "safe"},
 ]
 
@@ -375,9 +375,9 @@ def test_missing_file_names_the_nearest(write: Callable[[str, bytes], Path], tmp
 
 
 def test_columns(write: Callable[[str, bytes], Path]) -> None:
-    path = write("theirs.csv", b"question,intent,text\nCan I?,safe,old\nMay I?,ask,old\n")
+    path = write("theirs.csv", b"question,intent,text\nCan I?,safe,old\nMay I?,unknown,old\n")
     rows = check_classify(read_rows(path, columns={"question": "text", "intent": "label"}))
-    assert rows.rows == [{"text": "Can I?", "label": "safe"}, {"text": "May I?", "label": "ask"}]
+    assert rows.rows == [{"text": "Can I?", "label": "safe"}, {"text": "May I?", "label": "unknown"}]
     assert "did you mean question?" in refusal(path, columns={"qestion": "text"}).mend
     assert "same name" in refusal(path, columns={"question": "text", "intent": "text"}).what
     with pytest.raises(UserError, match="--columns intent=label"):

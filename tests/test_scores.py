@@ -251,7 +251,7 @@ def test_compare_with_keeps_names_order_and_numbers() -> None:
 
 def test_label_scores_are_recalls_worst_first() -> None:
     generator = np.random.default_rng(1)
-    names = np.array(["ask", "avoid", "caution", "safe"])
+    names = np.array(["avoid", "caution", "safe", "unknown"])
     true, said = names[generator.integers(0, 4, (2, 300))].tolist()
     scores = label_scores(true, said)
     reference = dict(zip(names, recall_score(true, said, labels=names, average=None), strict=True))
@@ -264,7 +264,7 @@ def test_label_scores_are_recalls_worst_first() -> None:
 
 def test_worst_harm_counts_only_the_rows_that_can_be_harmed() -> None:
     labels = ["avoid"] * 8 + ["safe"] * 92
-    said = ["safe", "safe", "ask", *["avoid"] * 5, *["safe"] * 92]
+    said = ["safe", "safe", "unknown", *["avoid"] * 5, *["safe"] * 92]
     rate = worst_harm_rate(labels, said)
     assert (rate.value, rate.n) == (0.25, 8)
     with pytest.raises(UserError, match="no row has the label 'never'"):
