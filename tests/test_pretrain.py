@@ -54,11 +54,14 @@ def test_a_run_cut_in_two_equals_the_whole(work: Path, name: str) -> None:
 def test_every_epoch_reads_everything_once(work: Path) -> None:
     plan = SMALL["tiny"]
     stream = np.arange(16 * 4 * 5 + 16, dtype=np.uint16)
+    shifts = set()
     for epoch in (0, 1):
         rows = torch.cat([pretrain.rows_of_step(stream, plan, 5 * epoch + step, seed=0) for step in range(5)])
         starts = sorted(int(row[0]) for row in rows)
+        shifts.add(starts[0])
         assert np.diff(starts).tolist() == [16] * 19
         assert all((row == torch.arange(int(row[0]), int(row[0]) + 16)).all() for row in rows)
+    assert len(shifts) == 2, "another epoch cuts the stream at other places"
 
 
 def test_counted_vectors_are_near_where_the_company_is_the_same() -> None:
