@@ -258,7 +258,7 @@ def run_kills(
     if chosen.start == "fork":
         load_modules()
     command = ["train", *prepare_data(parent, chosen.task, chosen.rows), "--task", chosen.task]
-    command += ["--model", chosen.model, "--strategy", chosen.strategy, "--max-length", "64"]
+    command += ["--model", chosen.model, "--strategy", chosen.strategy, "--max-length", "128"]
     command += ["--n-written", "8", "--max-new-tokens", "8"] if chosen.task == "instruct" else []
     command += ["--epochs", str(chosen.epochs), "--batch-size", "8", "--save-every", "5", "--evals-per-epoch", "2"]
     command += ["--precision", "f32", "--seed", str(chosen.seed), "--question", "May I take both?", "--json"]
