@@ -2,10 +2,10 @@
 
     python benchmarks/knowledge.py [--rows 100 300 1000 3000] [--ways full random] [--seeds 3] [--json FILE]
 
-For each number of rows (the first of the training split; another draw for each seed) the embedded base is tuned in
-each of the ways and asked about the whole test: phrasings of another hand, and pairs no training row is about. A way
-is a strategy (`full`, `top:2`, `head`), or `random`: everything moves, from random weights. Beside them stand the
-commonest label and word counts (TF-IDF with a logistic regression) on the same rows. The last figure is the worst
+For each number of rows (drawn from the training split, others for each seed) the embedded base is tuned in each of
+the ways and asked about the whole test: phrasings of another hand, and pairs no training row is about. A way is a
+strategy (`full`, `top:2`, `head`), or `random`: everything moves, from random weights. Beside them stand the commonest
+label and word counts (TF-IDF with a logistic regression) on the same rows. The last figure is the worst
 mistake: the share of what is to be avoided that was answered `safe`.
 """
 

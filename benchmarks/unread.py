@@ -5,8 +5,8 @@
 Twelve products of the house pharmacy occur in leaflets and in no training question. The base reads all leaflets but
 forty, which tell when it has read enough; then it is tuned on the questions about the other products, with the lower
 blocks frozen unless told otherwise: what reading has put there stays. Beside it the same tune from the base itself.
-Both answer the questions of `pharmacy-unread`, half of them about pairs that a leaflet states, and the pharmacy's own
-test. The differences are paired, over all seeds.
+Both answer the test of `pharmacy-unread`, about nine of the twelve, half of it about pairs that a leaflet states, and
+the pharmacy's own test. The differences are paired, over all seeds.
 """
 
 from __future__ import annotations

@@ -117,6 +117,16 @@ def test_counted_models_are_probabilities() -> None:
         assert total == pytest.approx(1.0), highest
 
 
+def test_the_last_tokens_of_the_books_are_a_context_like_any_other() -> None:
+    train = np.array([0, 1, 2, 0, 1, 2, 3])  # Nothing follows the 3, and one thing less than it occurs the 2
+    for context in (2, 3):
+        total = sum(np.exp(-ngrams.ngram_losses(train, np.array([context, last]), 4, 2)[2]) for last in range(4))
+        assert total == pytest.approx(1.0), context
+    train = np.array([0, 1, 0, 1, 0])
+    total = sum(np.exp(-ngrams.ngram_losses(train, np.array([0, last]), 2, 2)[2]) for last in range(2))
+    assert total == pytest.approx(1.0), "0 occurs three times and is followed twice"
+
+
 @pytest.mark.skipif(not DATA, reason="the books lie in $LLMFT_DATA/pretrain")
 def test_the_books_hold_nothing_of_what_the_models_are_tested_on() -> None:
     ours = sorted((ROOT / "llmft_nb" / "assets" / "data").rglob("*.jsonl"))

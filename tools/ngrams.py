@@ -16,10 +16,11 @@ def ngram_losses(train: np.ndarray, heldout: np.ndarray, n_tokens: int, highest:
     probability = (unigram[heldout] + 0.5) / (unigram.sum() + 0.5 * n_tokens)
     losses = {1: float(-np.log(probability[highest - 1 :]).mean())}
     gram, gram_heldout = train, heldout  # The number of the n-gram that ends at each place; -1 for one never seen
-    n_seen = np.bincount(train, minlength=n_tokens)
     for order in range(2, highest + 1):
         keys, numbers, counts = np.unique(gram[:-1] * n_tokens + train[1:], return_inverse=True, return_counts=True)
-        n_kinds = np.bincount(keys // n_tokens, minlength=len(n_seen))  # Different successors of each context
+        n_contexts = max(n_tokens, gram.max() + 1)
+        n_seen = np.bincount(keys // n_tokens, counts, minlength=n_contexts)  # Successors of each context
+        n_kinds = np.bincount(keys // n_tokens, minlength=n_contexts)  # Different ones
         context = gram_heldout[:-1]
         wanted = np.where(context >= 0, context * n_tokens + heldout[1:], -1)
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -31,5 +32,5 @@ def ngram_losses(train: np.ndarray, heldout: np.ndarray, n_tokens: int, highest:
         probability = np.where(seen > 0, mixed, below)
         losses[order] = float(-np.log(probability[highest - order :]).mean())
         train, heldout = train[1:], heldout[1:]
-        gram, gram_heldout, n_seen = numbers.astype(np.int64), np.where(found, at, -1), counts
+        gram, gram_heldout = numbers.astype(np.int64), np.where(found, at, -1)
     return losses

@@ -18,6 +18,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,30 +118,38 @@ def start_from_counts(model: nn.Module, stream: np.ndarray) -> None:
         table[~rare] = vectors[~rare] * table.std()
 
 
+@lru_cache(maxsize=1)
+def cut_of_epoch(seed: int, epoch: int, length: int, n_pieces: int) -> np.ndarray:
+    "Where the pieces of an epoch begin, in the order they are read."
+    rng = np.random.default_rng([seed, epoch])
+    return rng.integers(length) + length * rng.permutation(n_pieces)
+
+
 def rows_of_step(stream: np.ndarray, plan: Plan, step: int, seed: int) -> torch.Tensor:
     "The rows of a step: in each epoch the stream is cut at another place, and its pieces are shuffled."
     per_epoch = (len(stream) - plan.length) // plan.length // plan.n_rows
     epoch, place = divmod(step, per_epoch)
-    rng = np.random.default_rng([seed, epoch])
-    shift, order = rng.integers(plan.length), rng.permutation(per_epoch * plan.n_rows)
-    starts = shift + plan.length * order[place * plan.n_rows : (place + 1) * plan.n_rows]
+    starts = cut_of_epoch(seed, epoch, plan.length, per_epoch * plan.n_rows)
+    starts = starts[place * plan.n_rows : (place + 1) * plan.n_rows]
     return torch.from_numpy(np.stack([stream[s : s + plan.length] for s in starts]).astype(np.int64))
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed: int) -> torch.Tensor:
     "Nats a foretold token. Of the masked tokens a tenth keeps its face and a tenth gets a random one (BERT, 2018)."
+    device = next(model.parameters()).device
     if not plan.mask_frac:
+        ids = ids.to(device)
         logits = model(input_ids=ids).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     rng = np.random.default_rng([seed, 1])
     chosen = torch.from_numpy(rng.random(ids.shape) < plan.mask_frac)
     how = torch.from_numpy(rng.random(ids.shape))
     other = torch.from_numpy(rng.integers(len(SPECIAL_TOKENS), model.config.vocab_size, ids.shape))
-    seen = torch.where(how < 0.8, torch.full_like(other, mask_id), torch.where(how < 0.9, other, ids.cpu()))
-    seen = torch.where(chosen, seen, ids.cpu()).to(ids.device)
-    places = chosen.flatten().nonzero().squeeze(1).to(ids.device)
-    hidden = model.model(input_ids=seen).last_hidden_state.flatten(0, 1)[places]
-    return F.cross_entropy(model.decoder(model.head(hidden)).float(), ids.flatten()[places])
+    seen = torch.where(how < 0.8, torch.full_like(other, mask_id), torch.where(how < 0.9, other, ids))
+    seen = torch.where(chosen, seen, ids)
+    places = chosen.flatten().nonzero().squeeze(1)
+    hidden = model.model(input_ids=seen.to(device)).last_hidden_state.flatten(0, 1)[places.to(device)]
+    return F.cross_entropy(model.decoder(model.head(hidden)).float(), ids.flatten()[places].to(device))
 
 
 @torch.no_grad()
@@ -148,9 +157,9 @@ def heldout_loss(model: nn.Module, stream: np.ndarray, plan: Plan, mask_id: int,
     "Mean loss over `n_rows` rows spread over the held-out stream; masks are the same at every call."
     model.eval()
     starts = np.linspace(0, len(stream) - plan.length - 1, n_rows).astype(int)
-    device, losses = next(model.parameters()).device, []
+    losses: list[float] = []
     for part in np.array_split(starts, math.ceil(n_rows / 16)):
-        ids = torch.from_numpy(np.stack([stream[s : s + plan.length] for s in part]).astype(np.int64)).to(device)
+        ids = torch.from_numpy(np.stack([stream[s : s + plan.length] for s in part]).astype(np.int64))
         losses += [loss_of(model, ids, plan, mask_id, int(part[0])).item()] * len(part)
     model.train()
     return float(np.mean(losses))
@@ -225,7 +234,7 @@ class Run:
         "One step of the optimizer; returns the loss."
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        ids = rows_of_step(self.streams["train"], self.plan, self.state["step"], self.seed).to(self.device)
+        ids = rows_of_step(self.streams["train"], self.plan, self.state["step"], self.seed)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = loss_of(self.model, ids, self.plan, self.mask_id, self.state["step"])
         loss.backward()
@@ -289,7 +298,9 @@ def main() -> None:
     parser.add_argument("name", choices=list(PLANS))
     parser.add_argument("--minutes", type=float, default=30.0, help="wall time of the training loop")
     parser.add_argument("--anneal", action="store_true", help="let the rate fall to nothing, then write the model")
-    parser.add_argument("--work", type=Path, default=ROOT / "pretraining", help="where the run's state is kept")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / ".cache" / "pretraining", help="where the run's state is kept"
+    )
     parser.add_argument("--out", type=Path, help="default: llmft_nb/assets/models/<name>")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between two measurements")

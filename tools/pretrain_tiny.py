@@ -14,22 +14,15 @@ import argparse
 import gzip
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-ROOT = Path(__file__).resolve().parents[1]
-SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|mask|>", "<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+from books import ROOT, books_folder, encode_stream, train_tokenizer
+from ngrams import ngram_losses
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -37,40 +30,6 @@ def read_texts(path: Path) -> Iterator[str]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)["text"]
-
-
-def train_tokenizer(texts: Iterator[str], n_tokens: int) -> PreTrainedTokenizerFast:
-    "A byte-level BPE tokenizer: any text round-trips, digits stay single, control tokens are its own."
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=n_tokens,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        mask_token="<|mask|>",
-        extra_special_tokens=SPECIAL_TOKENS[3:],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def encode_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> np.ndarray:
-    "All texts as one row of token ids, an end token after each."
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-    return np.array(ids, dtype=np.int32)
 
 
 def sample_batch(stream: np.ndarray, rng: np.random.Generator, n_rows: int, length: int) -> torch.Tensor:
@@ -87,34 +46,6 @@ def mean_loss(model: LlamaForCausalLM, stream: np.ndarray, length: int, n_rows: 
     losses = [model(input_ids=part, labels=part).loss.item() for part in rows.split(20)]
     model.train()
     return float(np.mean(losses))
-
-
-def trigram_loss(train: np.ndarray, heldout: np.ndarray, n_tokens: int) -> float:
-    """Nats a token of an interpolated trigram model, the yardstick for a weak language model.
-
-    Each order's counts are interpolated with the order below by Witten-Bell smoothing (Bell, Cleary and Witten,
-    *Text Compression*, 1990): weight n / (n + t) for a context seen n times with t different successors.
-    """
-    unigram = np.bincount(train, minlength=n_tokens).astype(np.float64)
-    probability = (unigram[heldout[2:]] + 0.5) / (unigram.sum() + 0.5 * n_tokens)
-    for order in (1, 2):
-        key = np.zeros(len(train) - order, dtype=np.int64)
-        key_heldout = np.zeros(len(heldout) - 2, dtype=np.int64)
-        for back in range(order, 0, -1):
-            key = key * n_tokens + train[order - back : len(train) - back]
-            key_heldout = key_heldout * n_tokens + heldout[2 - back : len(heldout) - back]
-        contexts, n_seen = np.unique(key, return_counts=True)
-        pairs, n_pairs = np.unique(key * n_tokens + train[order:], return_counts=True)
-        _, n_kinds = np.unique(pairs // n_tokens, return_counts=True)
-        at = np.minimum(np.searchsorted(contexts, key_heldout), len(contexts) - 1)
-        known = contexts[at] == key_heldout
-        seen, kinds = n_seen[at] * known, n_kinds[at] * known
-        wanted = key_heldout * n_tokens + heldout[2:]
-        at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-        hits = n_pairs[at] * (pairs[at] == wanted)
-        total = np.maximum(seen + kinds, 1)
-        probability = np.where(seen > 0, (hits + kinds * probability) / total, probability)
-    return float(-np.log(probability).mean())
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -165,13 +96,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-every", type=int, default=500, help="steps between two measurements")
     args = parser.parse_args()
-    data = Path(os.environ.get("LLMFT_DATA", ROOT.parent / "shared" / "data")) / "pretrain"
+    data = books_folder()
     torch.manual_seed(args.seed)
 
     train_file, valid_file = data / "books_children.train.jsonl.gz", data / "books_children.validation.jsonl"
     tokenizer = train_tokenizer(read_texts(train_file), args.n_tokens)
     stream, heldout = (encode_stream(tokenizer, read_texts(file)) for file in (train_file, valid_file))
-    trigram = trigram_loss(stream, heldout, args.n_tokens)
+    trigram = ngram_losses(stream, heldout, args.n_tokens, highest=3)[3]
     print(f"{len(stream)} training tokens, {len(heldout)} held out; trigram {trigram:.3f} nats a token")
 
     config = LlamaConfig(
