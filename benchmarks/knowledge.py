@@ -14,20 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tunes import Rows, answers_of_tune, difference
 
-from llmft_nb.finetune import finetune
-from llmft_nb.report import read_lines
-from llmft_nb.resampling import paired_permutation
 from llmft_nb.rows import read_rows
 from llmft_nb.scores import majority_baseline, tfidf_baseline
-
-Rows = list[dict[str, Any]]
 
 
 def n_epochs(n_rows: int, steps: int, batch_size: int) -> int:
@@ -35,25 +30,12 @@ def n_epochs(n_rows: int, steps: int, batch_size: int) -> int:
     return max(3, min(60, round(steps * batch_size / n_rows)))
 
 
-def tuned(train: Rows, sets: dict[str, Rows], way: str, arguments: argparse.Namespace, seed: int) -> list[str]:
+def tuned(train: Rows, sets: dict[str, Rows], way: str, arguments: argparse.Namespace, seed: int) -> np.ndarray:
     "What a tuned model answers to the test."
     start = {"init": "random"} if way == "random" else {"strategy": way}
-    with tempfile.TemporaryDirectory() as scratch:
-        run = finetune(
-            train,
-            valid=sets["valid"],
-            test=sets["test"],
-            model=arguments.model,
-            epochs=n_epochs(len(train), arguments.steps, arguments.batch_size),
-            batch_size=arguments.batch_size,
-            lr=arguments.lr,
-            seed=seed,
-            leaks="allow",
-            out=Path(scratch) / "run",
-            callbacks=(),
-            **start,
-        )
-        return [str(line["predicted"]) for line in read_lines(run.folder / "test_predictions.jsonl")]
+    n_passes = n_epochs(len(train), arguments.steps, arguments.batch_size)
+    options = {"model": arguments.model, "lr": arguments.lr, "batch_size": arguments.batch_size, "epochs": n_passes}
+    return answers_of_tune(train, sets, seed=seed, **options, **start)["test"]
 
 
 class Table:
@@ -65,7 +47,7 @@ class Table:
         self.parts = {"all": why != "", "phrasings": why == "phrasing", "pairs": why == "pair"}
         self.answers: dict[tuple[int, str], list[np.ndarray]] = {}
 
-    def add(self, n_rows: int, way: str, answers: list[str]) -> None:
+    def add(self, n_rows: int, way: str, answers: list[str] | np.ndarray) -> None:
         self.answers.setdefault((n_rows, way), []).append(np.array(answers))
 
     def right(self, n_rows: int, way: str) -> np.ndarray:
@@ -93,9 +75,8 @@ class Table:
     def compare(self, n_rows: int, one: str, other: str) -> None:
         "The paired difference over all seeds, by part."
         for part, chosen in self.parts.items():
-            paired = paired_permutation(self.right(n_rows, one)[chosen], self.right(n_rows, other)[chosen])
-            points = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
-            print(f"{n_rows:>6,} {one} minus {other}, {part}: {points}, p = {paired.p_value:.2g}", flush=True)
+            found = difference(self.right(n_rows, one)[chosen], self.right(n_rows, other)[chosen])
+            print(f"{n_rows:>6,} {one} minus {other}, {part}: {found}", flush=True)
 
 
 def main() -> None:

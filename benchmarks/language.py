@@ -13,28 +13,23 @@ from __future__ import annotations
 
 import argparse
 import random
-import tempfile
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tunes import Rows, answers_of_tune, difference, right_of
 
-from llmft_nb.finetune import finetune
 from llmft_nb.modeling import LLMForSequenceClassification
-from llmft_nb.report import read_lines
-from llmft_nb.resampling import paired_permutation
 from llmft_nb.rows import read_rows
 from llmft_nb.scores import tfidf_baseline
 
 
-def draw(rows: list[dict[str, Any]], n_rows: int, seed: int) -> list[dict[str, Any]]:
+def draw(rows: Rows, n_rows: int, seed: int) -> Rows:
     "Rows of every class alike."
-    by_label: dict[str, list[dict[str, Any]]] = {}
+    by_label: dict[str, Rows] = {}
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
     chosen = random.Random(seed)  # noqa: S311 - no secret
@@ -43,34 +38,17 @@ def draw(rows: list[dict[str, Any]], n_rows: int, seed: int) -> list[dict[str, A
     return drawn
 
 
-def vectors(model: LLMForSequenceClassification, rows: list[dict[str, Any]]) -> np.ndarray:
+def vectors(model: LLMForSequenceClassification, rows: Rows) -> np.ndarray:
     "The mean of each text's token vectors, as the embedding layer has them."
     table = model.network.get_input_embeddings().weight.detach().float()
     ids = model.tokenizer([row["text"] for row in rows], add_special_tokens=False)["input_ids"]
     return torch.stack([table[row].mean(dim=0) for row in ids]).numpy()
 
 
-def tuned(
-    train: list[dict[str, Any]], sets: dict[str, Any], init: str, arguments: argparse.Namespace, seed: int
-) -> Any:
-    "For each test row whether a tuned model is right."
-    with tempfile.TemporaryDirectory() as scratch:
-        run = finetune(
-            train,
-            valid=sets["valid"],
-            test=sets["test"],
-            model=arguments.model,
-            init=init,
-            lr=arguments.lr,
-            epochs=arguments.epochs,
-            batch_size=16,
-            seed=seed,
-            leaks="allow",
-            out=Path(scratch) / "run",
-            callbacks=(),
-        )
-        lines = read_lines(run.folder / "test_predictions.jsonl")
-    return np.array([line["predicted"] == line["label"] for line in lines], dtype=float)
+def tuned(train: Rows, sets: dict[str, Rows], init: str, arguments: argparse.Namespace, seed: int) -> np.ndarray:
+    "What a tuned model answers to the test."
+    options = {name: getattr(arguments, name) for name in ("model", "lr", "epochs")}
+    return answers_of_tune(train, sets, init=init, seed=seed, batch_size=16, **options)["test"]
 
 
 def measure(name: str, arguments: argparse.Namespace) -> None:
@@ -87,21 +65,17 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         counted = tfidf_baseline([row["text"] for row in train], labels, texts)
         linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000))
         said = linear.fit(vectors(model, train), labels).predict(test_vectors)
-        for how, answers in (("word counts", counted), ("mean of frozen token vectors", said)):
-            right.setdefault(how, []).append(
-                np.array([a == b for a, b in zip(answers, truth, strict=True)], dtype=float)
-            )
+        answers = {"word counts": counted, "mean of frozen token vectors": said}
         for init in ("random", "pretrained"):
-            right.setdefault(f"tuned from {init} weights", []).append(tuned(train, sets, init, arguments, seed))
+            answers[f"tuned from {init} weights"] = tuned(train, sets, init, arguments, seed)
+        for how, found in answers.items():
+            right.setdefault(how, []).append(right_of(found, sets["test"]))
     print(f"\n{name}: {arguments.rows} rows, {len(truth):,} test rows, chance {1 / len(set(truth)):.1%}")
     for how, found in right.items():
         print(f"  {how:<32} {np.mean(found):6.1%}  seeds " + " ".join(f"{np.mean(one):.1%}" for one in found))
     ours, random_start = (np.mean(right[f"tuned from {init} weights"], axis=0) for init in ("pretrained", "random"))
-    paired = paired_permutation(ours, random_start)
-    points = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
-    print(
-        f"  pretrained minus random: {points}, p = {paired.p_value:.2g}; {time.monotonic() - started:.0f} s", flush=True
-    )
+    seconds = time.monotonic() - started
+    print(f"  pretrained minus random: {difference(ours, random_start)}; {seconds:.0f} s", flush=True)
 
 
 def main() -> None:

@@ -15,18 +15,17 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from tunes import Rows, answers_of_tune, difference, right_of
 
-from llmft_nb.finetune import FinishedRun, finetune
-from llmft_nb.resampling import paired_permutation
+from llmft_nb.finetune import finetune
 from llmft_nb.rows import read_rows
 
 N_HELD_BACK = 40  # Leaflets in wordings that are read elsewhere
 
 
-def texts(split: str) -> list[dict[str, Any]]:
+def texts(split: str) -> Rows:
     "Leaflets without their metadata."
     return [{"text": row["text"]} for row in read_rows("pharmacy-leaflets", split=split)]
 
@@ -53,32 +52,11 @@ def read_leaflets(arguments: argparse.Namespace, out: Path) -> Path:
     return run.folder / "model"
 
 
-def tuned(model: str | Path, sets: dict[str, list[dict[str, Any]]], seed: int, arguments: argparse.Namespace) -> Any:
+def tuned(model: str | Path, sets: dict[str, Rows], seed: int, arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     "For each question of `unread` and of the test whether a tuned model is right."
-    with tempfile.TemporaryDirectory() as scratch:
-        run: FinishedRun = finetune(
-            sets["train"],
-            valid=sets["valid"],
-            test=sets["test"],
-            model=model,
-            strategy=arguments.strategy,
-            epochs=arguments.epochs,
-            lr=arguments.lr,
-            seed=seed,
-            leaks="allow",
-            out=Path(scratch) / "run",
-            callbacks=(),
-        )
-        predictor = run.predictor()
-        return {
-            name: right_of(predictor.predict([row["text"] for row in sets[name]]), sets[name])
-            for name in ("unread", "test")
-        }
-
-
-def right_of(answers: list[dict[str, Any]], rows: list[dict[str, Any]]) -> np.ndarray:
-    "One for each right answer, and zero for each wrong one."
-    return np.array([answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True)], dtype=float)
+    options = {name: getattr(arguments, name) for name in ("strategy", "epochs", "lr")}
+    answers = answers_of_tune(sets["train"], sets, ("unread",), model=model, seed=seed, **options)
+    return {name: right_of(found, sets[name]) for name, found in answers.items()}
 
 
 def main() -> None:
@@ -113,10 +91,8 @@ def main() -> None:
         }
     for part, (name, chosen) in parts.items():
         shares = {how: np.mean([found[name][chosen] for found in runs], axis=0) for how, runs in right.items()}
-        paired = paired_permutation(shares["leaflets first"], shares["questions alone"])
-        points = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
         said = ", ".join(f"{how} {share.mean():.1%}" for how, share in shares.items())
-        print(f"{part:<20} {said}: {points}, p = {paired.p_value:.2g}", flush=True)
+        print(f"{part:<20} {said}: {difference(shares['leaflets first'], shares['questions alone'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"What the benchmarks of the embedded world share: one tune and what it answers, and how a difference is said."
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmft_nb.finetune import finetune
+from llmft_nb.report import read_lines
+from llmft_nb.resampling import paired_permutation
+
+Rows = list[dict[str, Any]]
+
+
+def answers_of_tune(
+    train: Rows, sets: Mapping[str, Rows], asked: tuple[str, ...] = (), **options: Any
+) -> dict[str, np.ndarray]:
+    "What a classifier answers to `sets['test']` and to the other sets `asked`, tuned with `options` of `finetune`."
+    with tempfile.TemporaryDirectory() as scratch:
+        run = finetune(
+            train,
+            valid=sets["valid"],
+            test=sets["test"],
+            leaks="allow",
+            out=Path(scratch) / "run",
+            callbacks=(),
+            **options,
+        )
+        found = {"test": [line["predicted"] for line in read_lines(run.folder / "test_predictions.jsonl")]}
+        for name in asked:
+            found[name] = [answer["label"] for answer in run.predictor().predict([row["text"] for row in sets[name]])]
+    return {name: np.array(answers) for name, answers in found.items()}
+
+
+def right_of(answers: np.ndarray | list[str], rows: Rows) -> np.ndarray:
+    "One for each right answer, and zero for each wrong one."
+    return (np.array(answers) == np.array([row["label"] for row in rows])).astype(float)
+
+
+def difference(ours: np.ndarray, others: np.ndarray) -> str:
+    "The paired difference of two ways, row by row, in points with its interval."
+    paired = paired_permutation(ours, others)
+    points = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+    return f"{points}, p = {paired.p_value:.2g}"
