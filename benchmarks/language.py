@@ -1,12 +1,12 @@
 """What pretraining buys where language is asked for: few rows of everyday text, from the base and from random weights.
 
-    python benchmarks/language.py [--sets pharmacy-intents pharmacy-reviews pharmacy-kinds] [--rows 200] [--seeds 3]
+    python benchmarks/language.py [--sets pharmacy-intents pharmacy-reviews:plain] [--rows 200] [--seeds 3]
 
-For each embedded language set, `--rows` training rows are drawn evenly over the classes; the model is tuned on them
-from its pretrained and from random weights, once a seed, and asked about the whole test, which another hand wrote.
-Beside it stand word counts (TF-IDF with a logistic regression, the same rows) and the mean of the frozen base's token
-vectors with a logistic regression: what the vocabulary alone has learnt. The difference of the two starts is tested
-row by row, paired, over all seeds together.
+For each embedded language set (after a colon: its rows of that kind alone), `--rows` training rows are drawn evenly
+over the classes; the model is tuned on them from its pretrained and from random weights, once a seed, and asked about
+the whole test, which another hand wrote. Beside it stand word counts (TF-IDF with a logistic regression, the same
+rows) and the mean of the frozen base's token vectors with a logistic regression: what the vocabulary alone has learnt.
+The difference of the two starts is tested row by row, paired, over all seeds together.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from llmft_nb.modeling import LLMForSequenceClassification
 from llmft_nb.rows import read_rows
 from llmft_nb.scores import tfidf_baseline
 
+SETS = ("pharmacy-intents", "pharmacy-reviews:plain", "pharmacy-reviews:indirect", "pharmacy-kinds")
+
 
 def draw(rows: Rows, n_rows: int, seed: int) -> Rows:
     "Rows of every class alike."
@@ -36,6 +38,13 @@ def draw(rows: Rows, n_rows: int, seed: int) -> Rows:
     drawn = [row for label in sorted(by_label) for row in chosen.sample(by_label[label], n_rows // len(by_label))]
     chosen.shuffle(drawn)
     return drawn
+
+
+def rows_of(name: str) -> dict[str, Rows]:
+    "The splits of a set, or of its rows of one kind: `set:kind`."
+    name, _, kind = name.partition(":")
+    splits = {split: list(read_rows(name, split=split)) for split in ("train", "valid", "test")}
+    return {split: [row for row in rows if not kind or row["kind"] == kind] for split, rows in splits.items()}
 
 
 def vectors(model: LLMForSequenceClassification, rows: Rows) -> np.ndarray:
@@ -53,7 +62,7 @@ def tuned(train: Rows, sets: dict[str, Rows], init: str, arguments: argparse.Nam
 
 def measure(name: str, arguments: argparse.Namespace) -> None:
     "One set."
-    sets = {split: list(read_rows(name, split=split)) for split in ("train", "valid", "test")}
+    sets = rows_of(name)
     truth, texts = [row["label"] for row in sets["test"]], [row["text"] for row in sets["test"]]
     model = LLMForSequenceClassification.from_pretrained(arguments.model)
     test_vectors = vectors(model, sets["test"])
@@ -80,7 +89,7 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", default=["pharmacy-intents", "pharmacy-reviews", "pharmacy-kinds"])
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)

@@ -11,12 +11,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import books  # noqa: E402
+import muon  # noqa: E402
 import pretrain  # noqa: E402
 
 SMALL = {
-    "tiny": pretrain.Plan(32, 48, n_layers=1, n_heads=2, n_kv_heads=1, lr=1e-2, n_rows=4, length=16),
+    "tiny": pretrain.Plan(32, 48, n_layers=1, n_heads=2, n_kv_heads=1, lr=1e-2, block_lr=1e-2, n_rows=4, length=16),
     "tiny-encoder": pretrain.Plan(
-        32, 48, n_layers=1, n_heads=2, n_kv_heads=2, lr=1e-2, n_rows=4, length=16, mask_frac=0.3
+        32, 48, n_layers=1, n_heads=2, n_kv_heads=2, lr=1e-2, block_lr=1e-2, n_rows=4, length=16, mask_frac=0.3
     ),
 }
 STORY = "The king had three sons. The sons had a dog. The dog had a house, and the house had a king. "
@@ -39,16 +40,63 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_run_cut_in_two_equals_the_whole(work: Path, name: str) -> None:
     whole = pretrain.Run(name, work, seed=0)
-    losses = [whole.step(1e-2) for _ in range(12)]
+    losses = [whole.step(1.0) for _ in range(12)]
     first = pretrain.Run(name, work, seed=0)
-    parts = [first.step(1e-2) for _ in range(7)]
+    parts = [first.step(1.0) for _ in range(7)]
     first.save()
     second = pretrain.Run(name, work, seed=0)
-    parts += [second.step(1e-2) for _ in range(5)]
+    parts += [second.step(1.0) for _ in range(5)]
     assert parts == losses
     assert losses[-1] < losses[0]
     for one, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_another_machine_goes_on_from_what_was_kept(work: Path, tmp_path: Path, name: str) -> None:
+    first = pretrain.Run(name, work, seed=0)
+    losses = [first.step(1.0) for _ in range(3)]
+    first.keep(tmp_path / "kept")
+    second = pretrain.Run(name, tmp_path / "elsewhere", seed=0, start=tmp_path / "kept")
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one.half(), other.half())
+    loss = second.step(1.0)
+    assert loss == pytest.approx(first.step(1.0), rel=1e-2)
+    assert loss < losses[0]
+    assert second.state["step"] == 4
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_blocks_add_nothing_before_they_have_learnt(work: Path, name: str) -> None:
+    run = pretrain.Run(name, work, seed=0)
+    ids = pretrain.rows_of_step(run.streams["valid"], run.plan, 0, 0)
+    blocks = [weights for key, weights in run.model.named_parameters() if ".layers." in key and weights.dim() == 2]
+    before = run.model(input_ids=ids).logits
+    with torch.no_grad():
+        for weights in blocks:
+            weights.mul_(3)
+    assert torch.equal(run.model(input_ids=ids).logits, before)
+    run.step(1.0)
+    with torch.no_grad():
+        after = run.model(input_ids=ids).logits
+        for weights in blocks:
+            weights.mul_(3)
+        assert not torch.allclose(run.model(input_ids=ids).logits, after, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_an_update_of_muon_has_no_weak_direction(shape: tuple[int, int], size: float) -> None:
+    torch.manual_seed(0)
+    grad = size * torch.randn(shape)
+    singular = torch.linalg.svdvals(muon.orthogonal(grad))
+    assert 0.5 < singular.min() <= singular.max() < 1.3
+    weights = torch.nn.Parameter(torch.zeros(shape))
+    weights.grad = grad
+    muon.Muon([weights], lr=0.1).step()
+    per_entry = weights.square().mean().sqrt().item()
+    assert per_entry == pytest.approx(0.1 * 0.2, rel=0.3), "as large as AdamW's update times 0.2"
+    assert (weights * grad).sum() < 0
 
 
 def test_every_epoch_reads_everything_once(work: Path) -> None:
@@ -80,7 +128,7 @@ def test_the_folder_that_is_written_can_be_tuned(work: Path, tmp_path: Path) -> 
     held_out = [{"text": f"{word} {i}", "label": word} for word in ("king", "dog") for i in range(8, 16)]
     for name in SMALL:
         run = pretrain.Run(name, work, seed=0)
-        run.step(1e-2)
+        run.step(1.0)
         run.finish(tmp_path / name)
         card = (tmp_path / name / "README.md").read_text()
         assert "| Kings | Nobody | here |" in card

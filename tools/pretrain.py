@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from base_card import bytes_per_token, counted, filled, samples, write_card
 from books import MAX_LENGTH, ROOT, SPECIAL_TOKENS, Left, encode_stream, read_books, train_tokenizer
+from muon import Muon
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -50,7 +51,8 @@ class Plan:
     n_layers: int
     n_heads: int
     n_kv_heads: int  # Heads of keys and values; fewer than `n_heads` shares them
-    lr: float
+    lr: float  # Of the token vectors and the norms
+    block_lr: float  # Of the blocks' matrices
     n_rows: int  # Rows a step
     length: int = 256  # Tokens a row
     mask_frac: float = 0.0  # Share of tokens to be foretold; 0 foretells every next token
@@ -59,8 +61,19 @@ class Plan:
 
 
 PLANS = {
-    "tiny": Plan(width=256, inner=640, n_layers=6, n_heads=8, n_kv_heads=4, lr=2e-3, n_rows=8),
-    "tiny-encoder": Plan(192, 288, n_layers=6, n_heads=6, n_kv_heads=6, lr=2e-3, n_rows=16, length=128, mask_frac=0.3),
+    "tiny": Plan(width=256, inner=640, n_layers=6, n_heads=8, n_kv_heads=4, lr=2e-3, block_lr=4e-3, n_rows=8),
+    "tiny-encoder": Plan(
+        width=192,
+        inner=288,
+        n_layers=6,
+        n_heads=6,
+        n_kv_heads=6,
+        lr=2e-3,
+        block_lr=4e-3,
+        n_rows=16,
+        length=128,
+        mask_frac=0.3,
+    ),
 }
 
 
@@ -116,6 +129,14 @@ def start_from_counts(model: nn.Module, stream: np.ndarray) -> None:
     rare = norms.squeeze() < 1e-3  # Tokens that hardly occur, control tokens among them, keep their random vectors
     with torch.no_grad():
         table[~rare] = vectors[~rare] * table.std()
+
+
+def quiet_blocks(model: nn.Module) -> None:
+    "Let every block begin by adding nothing: what the token vectors know passes through unharmed until it has learnt."
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "Wo.weight")):
+                weights.zero_()
 
 
 @lru_cache(maxsize=1)
@@ -183,7 +204,7 @@ def prepare(work: Path) -> tuple[PreTrainedTokenizerFast, dict[str, np.ndarray]]
 class Run:
     "A model in training, which can stop after any step and go on."
 
-    def __init__(self, name: str, work: Path, seed: int) -> None:
+    def __init__(self, name: str, work: Path, seed: int, *, start: Path | None = None, compiled: bool = False) -> None:
         self.name, self.plan, self.seed = name, PLANS[name], seed
         self.folder = work / name
         self.tokenizer, self.streams = prepare(work)
@@ -193,16 +214,23 @@ class Run:
         self.model = build(name, self.plan, self.tokenizer)
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
         saved = (self.folder / "state.json").is_file()
-        if not saved:
+        if start and not saved:
+            self.state = json.loads((start / "state.json").read_text())
+            self.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # The head is tied
+        elif not saved:
             start_from_counts(self.model, self.streams["train"])
+            quiet_blocks(self.model)
         self.model.to(self.device).train()
-        decayed = [p for p in self.model.parameters() if p.dim() >= 2]
-        others = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": self.plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.98), fused=True)
+        blocks = [p for name, p in self.model.named_parameters() if ".layers." in name and p.dim() == 2]
+        others = [p for name, p in self.model.named_parameters() if not (".layers." in name and p.dim() == 2)]
+        self.optimizers = [
+            torch.optim.AdamW(others, lr=self.plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+            Muon(blocks, lr=self.plan.block_lr, weight_decay=self.plan.weight_decay),
+        ]
         if saved:
             self.load()
         self.begun = self.state["step"]
+        self.loss_of = torch.compile(loss_of) if compiled else loss_of
 
     def load(self) -> None:
         "Weights, moments and place of the last save."
@@ -211,8 +239,10 @@ class Run:
         with torch.no_grad():
             for name, weights in self.model.named_parameters():
                 weights.copy_(saved[name])
-                moments = {key: saved[f"{key}:{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-                self.optimizer.state[weights] = moments
+                for optimizer in self.optimizers:
+                    if any(weights is p for p in optimizer.param_groups[0]["params"]):
+                        moments = {key.split(":")[0]: kept for key, kept in saved.items() if key.endswith(f":{name}")}
+                        optimizer.state[weights] = moments
 
     def save(self) -> None:
         "Keep the state; the file of the save before goes only when the new one is whole."
@@ -220,7 +250,9 @@ class Run:
         tensors: dict[str, torch.Tensor] = {}
         for name, weights in self.model.named_parameters():
             tensors[name] = weights.detach()
-            tensors |= {f"{key}:{name}": value for key, value in self.optimizer.state[weights].items()}
+            for optimizer in self.optimizers:
+                kept = optimizer.state.get(weights, {})
+                tensors |= {f"{key}:{name}": value for key, value in kept.items()}
         file = self.folder / f"state-{self.state['step']}.safetensors"
         save_file(tensors, file)
         half = self.folder / "state.json.half"
@@ -230,17 +262,17 @@ class Run:
             if old != file:
                 old.unlink()
 
-    def step(self, lr: float) -> float:
-        "One step of the optimizer; returns the loss."
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, share: float) -> float:
+        "One step of the optimizers at a share of their rates; returns the loss."
         ids = rows_of_step(self.streams["train"], self.plan, self.state["step"], self.seed)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = loss_of(self.model, ids, self.plan, self.mask_id, self.state["step"])
+            loss = self.loss_of(self.model, ids, self.plan, self.mask_id, self.state["step"])
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, rate in zip(self.optimizers, (self.plan.lr, self.plan.block_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * share
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.state["step"] += 1
         return loss.item()
 
@@ -248,8 +280,8 @@ class Run:
         "Train for some seconds; with `anneal` the rate falls to nothing over them."
         started, before, losses = time.monotonic(), self.state["seconds"], []
         while (elapsed := time.monotonic() - started) < seconds:
-            rate = min(1.0, (self.state["step"] - self.begun + 1) / self.plan.n_warmup)
-            losses.append(self.step(self.plan.lr * rate * (1 - elapsed / seconds if anneal else 1.0)))
+            share = min(1.0, (self.state["step"] - self.begun + 1) / self.plan.n_warmup)
+            losses.append(self.step(share * (1 - elapsed / seconds if anneal else 1.0)))
             self.state["seconds"] = before + time.monotonic() - started
             if self.state["step"] % every == 0:
                 valid = heldout_loss(self.model, self.streams["valid"], self.plan, self.mask_id, 64)
@@ -260,11 +292,17 @@ class Run:
                 self.save()
         self.save()
 
-    def finish(self, folder: Path) -> None:
-        "Write the model's folder: weights in 16 bits, tokenizer, figures, card."
+    def keep(self, folder: Path) -> None:
+        "Weights in 16 bits, tokenizer, place and curve: enough for another machine to go on from (`--start`)."
         self.model.to(torch.float16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.model.to(torch.float32)
+        (folder / "state.json").write_text(json.dumps(self.state))
+
+    def finish(self, folder: Path) -> None:
+        "Write the model's folder: weights in 16 bits, tokenizer, figures, card."
+        self.keep(folder)
+        (folder / "state.json").unlink()  # All of it stands in `pretraining.json`
         n_rows = len(self.streams["valid"]) // self.plan.length
         heldout = {"loss": heldout_loss(self.model, self.streams["valid"], self.plan, self.mask_id, n_rows)}
         heldout["bytes_per_token"] = bytes_per_token(self.tokenizer, self.streams["valid"])
@@ -302,13 +340,18 @@ def main() -> None:
         "--work", type=Path, default=ROOT / ".cache" / "pretraining", help="where the run's state is kept"
     )
     parser.add_argument("--out", type=Path, help="default: llmft_nb/assets/models/<name>")
+    parser.add_argument("--start", type=Path, help="where there is no state yet, begin from what --keep wrote")
+    parser.add_argument("--keep", type=Path, help="write the weights here at the end, for --start on another machine")
+    parser.add_argument("--compile", action="store_true", help="compile the step, which takes a minute")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between two measurements")
     arguments = parser.parse_args()
-    run = Run(arguments.name, arguments.work, arguments.seed)
+    run = Run(arguments.name, arguments.work, arguments.seed, start=arguments.start, compiled=arguments.compile)
     n_weights = sum(p.numel() for p in run.model.parameters())
     print(f"{n_weights:,} weights, {len(run.streams['train']):,} tokens, {run.device}, step {run.begun}", flush=True)
     run.go_on(60 * arguments.minutes, anneal=arguments.anneal, every=arguments.every)
+    if arguments.keep:
+        run.keep(arguments.keep)
     if arguments.anneal:
         run.finish(arguments.out or ROOT / "llmft_nb" / "assets" / "models" / arguments.name)
 
