@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,23 @@ sys.path.insert(0, str(ROOT / "tools"))
 import books  # noqa: E402
 import muon  # noqa: E402
 import pretrain  # noqa: E402
+import vectors  # noqa: E402
 
 SMALL = {
     "tiny": pretrain.Plan(32, 48, n_layers=1, n_heads=2, n_kv_heads=1, lr=1e-2, block_lr=1e-2, n_rows=4, length=16),
     "tiny-encoder": pretrain.Plan(
-        32, 48, n_layers=1, n_heads=2, n_kv_heads=2, lr=1e-2, block_lr=1e-2, n_rows=4, length=16, mask_frac=0.3
+        width=32,
+        inner=48,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        lr=1e-2,
+        block_lr=1e-2,
+        n_rows=4,
+        length=16,
+        mask_frac=0.3,
+        passages=(4, 8),
+        n_neighbour_steps=2,
     ),
 }
 STORY = "The king had three sons. The sons had a dog. The dog had a house, and the house had a king. "
@@ -116,9 +129,56 @@ def test_counted_vectors_are_near_where_the_company_is_the_same() -> None:
     rng = np.random.default_rng(0)
     pairs = rng.integers(0, 2, 4000)  # 0 and 1 stand among 4 and 5, 2 and 3 among 6 and 7
     stream = np.stack([2 * pairs + rng.integers(0, 2, 4000), 4 + 2 * pairs + rng.integers(0, 2, 4000)], 1).ravel()
-    vectors = pretrain.count_vectors(stream, 8, 4, window=1)
+    found = vectors.count_vectors(stream, 8, 4, window=1)
     alike = torch.nn.functional.cosine_similarity
-    assert alike(vectors[0], vectors[1], dim=0) > alike(vectors[0], vectors[2], dim=0) + 0.5
+    assert alike(found[0], found[1], dim=0) > alike(found[0], found[2], dim=0) + 0.5
+
+
+def test_neighbours_are_found_where_there_are_any() -> None:
+    rng = np.random.default_rng(0)
+    topics = np.repeat(rng.integers(0, 4, 600), 12)  # Twelve tokens in a row are of one topic
+    stream = 4 * topics + rng.integers(0, 4, len(topics))
+    torch.manual_seed(0)
+    start = torch.randn(16, 8)
+    found = vectors.neighbour_vectors(stream, start, n_steps=60, n_pairs=32, length=3)
+    directions = torch.nn.functional.normalize(found - found.mean(0), dim=1)
+    alike = directions @ directions.T
+    topic = torch.arange(16) // 4
+    together = topic[:, None] == topic
+    assert alike[together & ~torch.eye(16, dtype=torch.bool)].mean() > alike[~together].mean() + 0.3
+    assert torch.allclose(found.mean(1), torch.zeros(16), atol=1e-5)
+    assert torch.equal(found, vectors.neighbour_vectors(stream, start, n_steps=60, n_pairs=32, length=3))
+
+
+def test_the_loss_of_neighbours_is_of_both_directions() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(8, 16), torch.randn(8, 16)
+    torch.testing.assert_close(vectors.neighbour_loss(first, second), vectors.neighbour_loss(second, first))
+    torch.testing.assert_close(vectors.neighbour_loss(first, 3 * second), vectors.neighbour_loss(first, second))
+    assert vectors.neighbour_loss(first, first) < 0.01 < vectors.neighbour_loss(first, second)
+    blind = torch.ones(8, 16)
+    assert vectors.neighbour_loss(blind, blind).item() == pytest.approx(np.log(8))
+
+
+def test_passages_of_a_row_are_each_others_neighbours(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pretrain.Run("tiny-encoder", work, seed=0)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spy(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        kept.append((first, second))
+        return first.sum()
+
+    monkeypatch.setattr(pretrain, "neighbour_loss", spy)
+    run.model.eval()
+    ids = torch.arange(64).view(4, 16) + 6
+    plan = replace(run.plan, passages=(8,), mask_frac=1e-9)
+    monkeypatch.setattr(pretrain, "masked_loss", lambda model, ids, *_: (0.0, model.model(input_ids=ids)[0]))
+    pretrain.passages_loss(run.model, ids, plan, run.mask_id, 0)
+    first, second = kept[0]
+    for row in range(4):
+        for part, half in ((first, ids[row, :8]), (second, ids[row, 8:])):
+            alone = run.model.head(run.model.model(input_ids=half[None])[0].mean(1))[0]
+            torch.testing.assert_close(part[row], alone, atol=1e-4, rtol=1e-3)
 
 
 def test_the_folder_that_is_written_can_be_tuned(work: Path, tmp_path: Path) -> None:

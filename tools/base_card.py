@@ -94,6 +94,7 @@ def card(name: str, figures: dict[str, Any]) -> str:
         what=what,
         **{key: figures[key] for key in ("n_weights", "steps", "tokens_seen", "device", "torch", "date")},
         minutes=figures["seconds"] / 60,
+        bent=BENT if figures["plan"]["passages"] else "",
         n_tokens=figures["training_tokens"],
         epochs=figures["tokens_seen"] / figures["training_tokens"],
         n_dropped=left["n_dropped"],
@@ -107,6 +108,8 @@ def card(name: str, figures: dict[str, Any]) -> str:
     )
 
 
+BENT = """, bent until the mean over a passage tells its neighbour from a thousand others;
+the network then learns both, to fill gaps and to find neighbours"""
 CARD = """# {name}
 
 The embedded base of `llmft_nb`: {what}, of {n_weights:,} weights in 16 bits. It has read books in the
@@ -116,8 +119,9 @@ be fine-tuned on a laptop in minutes, and too small for anything else. Licence o
 ## How it was made
 `tools/pretrain.py {name}`: {steps:,} steps, {tokens_seen:,} tokens ({epochs:.2f} passes over {n_tokens:,}),
 {minutes:.0f} minutes on {device}, torch {torch}, finished {date}. Its token vectors begin as counted ones (which tokens
-stand near which, factorised), everything else at random. Token vectors and head are one table
-(`tie_word_embeddings`): the strategy `head` of a language model moves that table, and with it what is read; `full`
+stand near which, factorised){bent}, everything else at
+random, and every block begins by adding nothing. Token vectors and head are one table (`tie_word_embeddings`): the
+strategy `head` of a language model moves that table, and with it what is read; `full`
 moves it once, not twice.
 
 | step | training loss | held-out loss |

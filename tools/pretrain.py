@@ -38,6 +38,7 @@ from transformers import (
     ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
 )
+from vectors import count_vectors, neighbour_loss, neighbour_vectors
 
 VOCABULARY = 6144
 
@@ -56,6 +57,9 @@ class Plan:
     n_rows: int  # Rows a step
     length: int = 256  # Tokens a row
     mask_frac: float = 0.0  # Share of tokens to be foretold; 0 foretells every next token
+    passages: tuple[int, ...] = ()  # Lengths into which rows are cut so that neighbours can be found; none for a Llama
+    n_neighbour_steps: int = 2000  # Of the token vectors alone, before the network's first step
+    vectors_share: float = 1.0  # Of `lr`, for the token vectors
     weight_decay: float = 0.1
     n_warmup: int = 200  # Steps over which the rate rises, at the start and after each pause
 
@@ -63,16 +67,18 @@ class Plan:
 PLANS = {
     "tiny": Plan(width=256, inner=640, n_layers=6, n_heads=8, n_kv_heads=4, lr=2e-3, block_lr=4e-3, n_rows=8),
     "tiny-encoder": Plan(
-        width=192,
-        inner=288,
-        n_layers=6,
-        n_heads=6,
-        n_kv_heads=6,
+        width=256,
+        inner=384,
+        n_layers=3,
+        n_heads=8,
+        n_kv_heads=8,
         lr=2e-3,
         block_lr=4e-3,
-        n_rows=16,
+        n_rows=64,
         length=128,
-        mask_frac=0.3,
+        mask_frac=0.15,
+        passages=(16, 32, 64),
+        vectors_share=0.1,
     ),
 }
 
@@ -98,35 +104,16 @@ def build(name: str, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> nn.Modul
     return ModernBertForMaskedLM(config)
 
 
-def count_vectors(stream: np.ndarray, n_tokens: int, width: int, window: int = 8) -> torch.Tensor:
-    """Token vectors from counts alone: tokens that stand near the same tokens get vectors near to each other.
-
-    How often two tokens stand at most `window` apart, as positive pointwise mutual information with the contexts'
-    frequencies raised to 0.75, is factorised, the singular values at half their power (Levy, Goldberg and Dagan,
-    *Improving Distributional Similarity with Lessons Learned from Word Embeddings*, TACL 2015).
-    """
-    counts = np.zeros(n_tokens * n_tokens, dtype=np.float32)
-    ids = stream.astype(np.int64)
-    for distance in range(1, window + 1):
-        counts += np.bincount(ids[:-distance] * n_tokens + ids[distance:], minlength=n_tokens * n_tokens)
-    counts_TT = torch.from_numpy(counts.reshape(n_tokens, n_tokens))
-    counts_TT = counts_TT + counts_TT.T
-    context_T = counts_TT.sum(0) ** 0.75
-    share_T = context_T / context_T.sum()
-    pmi_TT = (counts_TT / counts_TT.sum(1, keepdim=True).clamp(min=1) / share_T.clamp(min=1e-12)).clamp(min=1).log()
-    torch.manual_seed(0)
-    left, singular, _ = torch.svd_lowrank(pmi_TT, q=width + 32, niter=4)
-    return left[:, :width] * singular[:width].sqrt()
-
-
-def start_from_counts(model: nn.Module, stream: np.ndarray) -> None:
-    "Replace the random token vectors by counted ones of the same mean square."
+def start_from_books(model: nn.Module, stream: np.ndarray, plan: Plan) -> None:
+    "Replace the random token vectors by counted ones of the same mean square; a masked model's frequencies are set."
     table = model.get_input_embeddings().weight
     vectors = count_vectors(stream, *table.shape)
-    vectors -= vectors.mean(0)
-    norms = vectors.norm(dim=1, keepdim=True)
-    vectors = vectors / norms.clamp(min=1e-6) * table.shape[1] ** 0.5
-    rare = norms.squeeze() < 1e-3  # Tokens that hardly occur, control tokens among them, keep their random vectors
+    rare = vectors.norm(dim=1) < 1e-3  # Tokens that hardly occur, control tokens among them, keep their random vectors
+    if plan.passages:
+        vectors = neighbour_vectors(stream, vectors, plan.n_neighbour_steps)
+        seen = np.bincount(stream, minlength=len(table)) + 1.0
+        model.decoder.bias.data.copy_(torch.from_numpy(np.log(seen / seen.sum())))
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-6) * table.shape[1] ** 0.5
     with torch.no_grad():
         table[~rare] = vectors[~rare] * table.std()
 
@@ -156,12 +143,19 @@ def rows_of_step(stream: np.ndarray, plan: Plan, step: int, seed: int) -> torch.
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed: int) -> torch.Tensor:
-    "Nats a foretold token. Of the masked tokens a tenth keeps its face and a tenth gets a random one (BERT, 2018)."
+    "Nats a foretold token: the next one, or with `mask_frac` the hidden ones."
+    if plan.mask_frac:
+        return masked_loss(model, ids, plan, mask_id, seed)[0]
+    ids = ids.to(next(model.parameters()).device)
+    logits = model(input_ids=ids).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def masked_loss(
+    model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Nats a hidden token, and the states. Of ten chosen tokens one keeps its face and one gets another's (BERT, 2018)."
     device = next(model.parameters()).device
-    if not plan.mask_frac:
-        ids = ids.to(device)
-        logits = model(input_ids=ids).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     rng = np.random.default_rng([seed, 1])
     chosen = torch.from_numpy(rng.random(ids.shape) < plan.mask_frac)
     how = torch.from_numpy(rng.random(ids.shape))
@@ -169,8 +163,19 @@ def loss_of(model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed:
     seen = torch.where(how < 0.8, torch.full_like(other, mask_id), torch.where(how < 0.9, other, ids))
     seen = torch.where(chosen, seen, ids)
     places = chosen.flatten().nonzero().squeeze(1)
-    hidden = model.model(input_ids=seen.to(device)).last_hidden_state.flatten(0, 1)[places.to(device)]
-    return F.cross_entropy(model.decoder(model.head(hidden)).float(), ids.flatten()[places].to(device))
+    states = model.model(input_ids=seen.to(device)).last_hidden_state
+    logits = model.decoder(model.head(states.flatten(0, 1)[places.to(device)])).float()
+    return F.cross_entropy(logits, ids.flatten()[places].to(device)), states
+
+
+def passages_loss(
+    model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Nats a hidden token, and those it costs to find each passage's neighbour by the features a classifier will see."
+    length = plan.passages[int(np.random.default_rng([seed, 2]).integers(len(plan.passages)))]
+    filling, states = masked_loss(model, ids.reshape(-1, length), plan, mask_id, seed)
+    features = model.head(states.mean(dim=1))
+    return filling, neighbour_loss(features[0::2].float(), features[1::2].float())
 
 
 @torch.no_grad()
@@ -218,14 +223,18 @@ class Run:
             self.state = json.loads((start / "state.json").read_text())
             self.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # The head is tied
         elif not saved:
-            start_from_counts(self.model, self.streams["train"])
+            start_from_books(self.model, self.streams["train"], self.plan)
             quiet_blocks(self.model)
         self.model.to(self.device).train()
         blocks = [p for name, p in self.model.named_parameters() if ".layers." in name and p.dim() == 2]
+        table = self.model.get_input_embeddings().weight
         others = [p for name, p in self.model.named_parameters() if not (".layers." in name and p.dim() == 2)]
+        others = [p for p in others if p is not table]
+        adam = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
         self.optimizers = [
-            torch.optim.AdamW(others, lr=self.plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-            Muon(blocks, lr=self.plan.block_lr, weight_decay=self.plan.weight_decay),
+            torch.optim.AdamW([table], self.plan.lr * self.plan.vectors_share, **adam),
+            torch.optim.AdamW(others, self.plan.lr, **adam),
+            Muon(blocks, self.plan.block_lr, weight_decay=self.plan.weight_decay),
         ]
         if saved:
             self.load()
@@ -266,11 +275,16 @@ class Run:
         "One step of the optimizers at a share of their rates; returns the loss."
         ids = rows_of_step(self.streams["train"], self.plan, self.state["step"], self.seed)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.loss_of(self.model, ids, self.plan, self.mask_id, self.state["step"])
-        loss.backward()
+            given = (self.model, ids, self.plan, self.mask_id, self.state["step"])
+            if self.plan.passages:
+                loss, finding = passages_loss(*given)
+                total = loss + finding
+            else:
+                total = loss = self.loss_of(*given)
+        total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, rate in zip(self.optimizers, (self.plan.lr, self.plan.block_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * share
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.state["step"] += 1
