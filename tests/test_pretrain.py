@@ -16,22 +16,11 @@ import muon  # noqa: E402
 import pretrain  # noqa: E402
 import vectors  # noqa: E402
 
+SIZE = {"width": 32, "inner": 48, "n_layers": 1, "n_heads": 2, "lr": 1e-2, "block_lr": 1e-2, "n_rows": 4, "length": 16}
+SHORT = {"mask_frac": 0.3, "passages": (4, 8), "n_neighbour_steps": 2}
 SMALL = {
-    "tiny": pretrain.Plan(32, 48, n_layers=1, n_heads=2, n_kv_heads=1, lr=1e-2, block_lr=1e-2, n_rows=4, length=16),
-    "tiny-encoder": pretrain.Plan(
-        width=32,
-        inner=48,
-        n_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        lr=1e-2,
-        block_lr=1e-2,
-        n_rows=4,
-        length=16,
-        mask_frac=0.3,
-        passages=(4, 8),
-        n_neighbour_steps=2,
-    ),
+    "tiny": replace(pretrain.PLANS["tiny"], n_kv_heads=1, **SIZE),
+    "tiny-encoder": replace(pretrain.PLANS["tiny-encoder"], n_kv_heads=2, **SIZE, **SHORT),
 }
 STORY = "The king had three sons. The sons had a dog. The dog had a house, and the house had a king. "
 
@@ -171,7 +160,7 @@ def test_passages_of_a_row_are_each_others_neighbours(work: Path, monkeypatch: p
     monkeypatch.setattr(pretrain, "neighbour_loss", spy)
     run.model.eval()
     ids = torch.arange(64).view(4, 16) + 6
-    plan = replace(run.plan, passages=(8,), mask_frac=1e-9)
+    plan = replace(run.plan, passages=(8,))
     monkeypatch.setattr(pretrain, "masked_loss", lambda model, ids, *_: (0.0, model.model(input_ids=ids)[0]))
     pretrain.passages_loss(run.model, ids, plan, run.mask_id, 0)
     first, second = kept[0]

@@ -228,14 +228,15 @@ class Run:
         self.model.to(self.device).train()
         blocks = [p for name, p in self.model.named_parameters() if ".layers." in name and p.dim() == 2]
         table = self.model.get_input_embeddings().weight
-        others = [p for name, p in self.model.named_parameters() if not (".layers." in name and p.dim() == 2)]
-        others = [p for p in others if p is not table]
+        placed = {id(p) for p in (table, *blocks)}
+        others = [p for p in self.model.parameters() if id(p) not in placed]
         adam = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
         self.optimizers = [
             torch.optim.AdamW([table], self.plan.lr * self.plan.vectors_share, **adam),
             torch.optim.AdamW(others, self.plan.lr, **adam),
             Muon(blocks, self.plan.block_lr, weight_decay=self.plan.weight_decay),
         ]
+        self.optimizer_of = {p: one for one in self.optimizers for p in one.param_groups[0]["params"]}
         if saved:
             self.load()
         self.begun = self.state["step"]
@@ -248,10 +249,8 @@ class Run:
         with torch.no_grad():
             for name, weights in self.model.named_parameters():
                 weights.copy_(saved[name])
-                for optimizer in self.optimizers:
-                    if any(weights is p for p in optimizer.param_groups[0]["params"]):
-                        moments = {key.split(":")[0]: kept for key, kept in saved.items() if key.endswith(f":{name}")}
-                        optimizer.state[weights] = moments
+                moments = {key.split(":")[0]: kept for key, kept in saved.items() if key.endswith(f":{name}")}
+                self.optimizer_of[weights].state[weights] = moments
 
     def save(self) -> None:
         "Keep the state; the file of the save before goes only when the new one is whole."
@@ -259,9 +258,8 @@ class Run:
         tensors: dict[str, torch.Tensor] = {}
         for name, weights in self.model.named_parameters():
             tensors[name] = weights.detach()
-            for optimizer in self.optimizers:
-                kept = optimizer.state.get(weights, {})
-                tensors |= {f"{key}:{name}": value for key, value in kept.items()}
+            moments = self.optimizer_of[weights].state[weights]
+            tensors |= {f"{key}:{name}": value for key, value in moments.items()}
         file = self.folder / f"state-{self.state['step']}.safetensors"
         save_file(tensors, file)
         half = self.folder / "state.json.half"
@@ -356,7 +354,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: llmft_nb/assets/models/<name>")
     parser.add_argument("--start", type=Path, help="where there is no state yet, begin from what --keep wrote")
     parser.add_argument("--keep", type=Path, help="write the weights here at the end, for --start on another machine")
-    parser.add_argument("--compile", action="store_true", help="compile the step, which takes a minute")
+    parser.add_argument("--compile", action="store_true", help="compile the step of `tiny`, which takes a minute")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between two measurements")
     arguments = parser.parse_args()

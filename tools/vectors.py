@@ -52,7 +52,7 @@ def neighbour_vectors(
 ) -> torch.Tensor:
     """Bend token vectors until the mean over a passage tells its neighbour from `n_pairs` others.
 
-    Each vector is brought to mean zero and length one first, as the embedding's norm will do in the network, so
+    Each vector is brought to mean zero and mean square one first, as the embedding's norm will do in the network, so
     the weight of a word can lie in its direction alone.
     """
     rng = np.random.default_rng(0)
