@@ -27,6 +27,18 @@ OPENINGS = (
     "Nobody in the village knew",
     "He had never been so happy as",
 )
+GAPS = (
+    "The king and the _ lived in a palace.",
+    "He opened the _ and went in.",
+    "The ship sailed across the _ to the island.",
+    "She was ill, and they sent for the _.",
+    "It was _ good; I liked it very much.",
+    "The old man looked at the _ and smiled.",
+    "He was so _ that he wept all night.",
+    "It was raining, and the children had to stay in the _.",
+    "She opened the letter and _ it aloud.",
+    "Nobody in the village knew _ he came from.",
+)
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, stream: np.ndarray, n_tokens: int = 100_000) -> float:
@@ -57,13 +69,14 @@ def samples(model: nn.Module, tokenizer: PreTrainedTokenizerFast, n_tokens: int 
 
 @torch.no_grad()
 def filled(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    "What a masked model puts for the last word of ten sentences, the three likeliest each."
+    "What a masked model puts into the gaps of ten sentences, the three likeliest each."
     model.eval()
     found = []
-    for opening in OPENINGS:
-        ids = tokenizer(f"{opening}{tokenizer.mask_token}", return_tensors="pt").to(model.device)
-        best = model(**ids).logits[0, -1].topk(3).indices
-        found.append(f"{opening} … {' | '.join(tokenizer.decode([token]).strip() for token in best)}")
+    for text in GAPS:
+        ids = tokenizer(text.replace(" _", tokenizer.mask_token), return_tensors="pt").to(model.device)
+        place = (ids["input_ids"][0] == tokenizer.mask_token_id).nonzero().item()
+        best = model(**ids).logits[0, place].topk(3).indices
+        found.append(f"{text} {', '.join(tokenizer.decode([token]).strip() for token in best)}")
     return found
 
 
@@ -95,6 +108,7 @@ def card(name: str, figures: dict[str, Any]) -> str:
         **{key: figures[key] for key in ("n_weights", "steps", "tokens_seen", "device", "torch", "date")},
         minutes=figures["seconds"] / 60,
         bent=BENT if figures["plan"]["passages"] else "",
+        note=f"\n\n{figures['note']}" if figures["note"] else "",
         n_tokens=figures["training_tokens"],
         epochs=figures["tokens_seen"] / figures["training_tokens"],
         n_dropped=left["n_dropped"],
@@ -109,8 +123,12 @@ def card(name: str, figures: dict[str, Any]) -> str:
 
 
 BENT = """, bent until the mean over a passage tells its neighbour from a thousand others;
-the network then learns both, to fill gaps and to find neighbours"""
-CARD = """# {name}
+the network then learns to fill gaps, while the mean of its states is held near the mean of these vectors"""
+CARD = """---
+license: apache-2.0
+---
+
+# {name}
 
 The embedded base of `llmft_nb`: {what}, of {n_weights:,} weights in 16 bits. It has read books in the
 public domain and nothing else: no line about medicines, no web page, nothing it is tested on. It is small enough to
@@ -122,7 +140,7 @@ be fine-tuned on a laptop in minutes, and too small for anything else. Licence o
 stand near which, factorised){bent}, everything else at
 random, and every block begins by adding nothing. Token vectors and head are one table (`tie_word_embeddings`): the
 strategy `head` of a language model moves that table, and with it what is read; `full`
-moves it once, not twice.
+moves it once, not twice.{note}
 
 | step | training loss | held-out loss |
 | --- | --- | --- |

@@ -38,7 +38,7 @@ from transformers import (
     ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
 )
-from vectors import count_vectors, neighbour_loss, neighbour_vectors
+from vectors import count_vectors, neighbour_vectors
 
 VOCABULARY = 6144
 
@@ -57,7 +57,8 @@ class Plan:
     n_rows: int  # Rows a step
     length: int = 256  # Tokens a row
     mask_frac: float = 0.0  # Share of tokens to be foretold; 0 foretells every next token
-    passages: tuple[int, ...] = ()  # Lengths into which rows are cut so that neighbours can be found; none for a Llama
+    passages: tuple[int, ...] = ()  # Lengths into which rows are cut; none for a Llama
+    anchor: float = 3.0  # Weight of the loss that holds a passage's features to its token vectors
     n_neighbour_steps: int = 2000  # Of the token vectors alone, before the network's first step
     vectors_share: float = 1.0  # Of `lr`, for the token vectors
     weight_decay: float = 0.1
@@ -124,6 +125,8 @@ def quiet_blocks(model: nn.Module) -> None:
         for name, weights in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "Wo.weight")):
                 weights.zero_()
+            if name == "head.dense.weight":
+                weights.copy_(0.3 * torch.eye(len(weights)))  # Small enough for the activation to be nearly straight
 
 
 @lru_cache(maxsize=1)
@@ -171,11 +174,18 @@ def masked_loss(
 def passages_loss(
     model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Nats a hidden token, and those it costs to find each passage's neighbour by the features a classifier will see."
+    """Nats a hidden token, and how far the features a classifier will see turn from the passage's own token vectors.
+
+    The second is one minus the cosine between what the head makes of the mean state and the mean token vector, each
+    less its mean over the passages: what all share tells none from another.
+    """
     length = plan.passages[int(np.random.default_rng([seed, 2]).integers(len(plan.passages)))]
-    filling, states = masked_loss(model, ids.reshape(-1, length), plan, mask_id, seed)
-    features = model.head(states.mean(dim=1))
-    return filling, neighbour_loss(features[0::2].float(), features[1::2].float())
+    ids = ids.reshape(-1, length)
+    filling, states = masked_loss(model, ids, plan, mask_id, seed)
+    features = model.head(states.mean(dim=1)).float()
+    wanted = model.model.embeddings(input_ids=ids.to(states.device)).mean(dim=1).detach().float()
+    features, wanted = (part - part.mean(dim=0).detach() for part in (features, wanted))
+    return filling, 1 - F.cosine_similarity(features, wanted).mean()
 
 
 @torch.no_grad()
@@ -275,8 +285,8 @@ class Run:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             given = (self.model, ids, self.plan, self.mask_id, self.state["step"])
             if self.plan.passages:
-                loss, finding = passages_loss(*given)
-                total = loss + finding
+                loss, turning = passages_loss(*given)
+                total = loss + self.plan.anchor * turning
             else:
                 total = loss = self.loss_of(*given)
         total.backward()
@@ -311,7 +321,7 @@ class Run:
         self.model.to(torch.float32)
         (folder / "state.json").write_text(json.dumps(self.state))
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, note: str = "") -> None:
         "Write the model's folder: weights in 16 bits, tokenizer, figures, card."
         self.keep(folder)
         (folder / "state.json").unlink()  # All of it stands in `pretraining.json`
@@ -328,11 +338,12 @@ class Run:
             "seconds": round(self.state["seconds"]),
             "device": torch.cuda.get_device_name()
             if on_gpu
-            else f"{torch.get_num_threads()} cores ({platform.machine()})",
+            else f"{torch.get_num_threads()} core(s), {platform.machine()}",
             "torch": torch.__version__,
             "date": datetime.now(UTC).date().isoformat(),
             "plan": asdict(self.plan),
             "seed": self.seed,
+            "note": note,
             "heldout": heldout,
             "curve": self.state["curve"],
             "left": json.loads((self.folder.parent / "left.json").read_text()),
@@ -355,6 +366,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="where there is no state yet, begin from what --keep wrote")
     parser.add_argument("--keep", type=Path, help="write the weights here at the end, for --start on another machine")
     parser.add_argument("--compile", action="store_true", help="compile the step of `tiny`, which takes a minute")
+    parser.add_argument("--note", default="", help="what else the card should say, where the plan changed on the way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between two measurements")
     arguments = parser.parse_args()
@@ -365,7 +377,7 @@ def main() -> None:
     if arguments.keep:
         run.keep(arguments.keep)
     if arguments.anneal:
-        run.finish(arguments.out or ROOT / "llmft_nb" / "assets" / "models" / arguments.name)
+        run.finish(arguments.out or ROOT / "llmft_nb" / "assets" / "models" / arguments.name, arguments.note)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-TEMPERATURE = 0.05  # Of the softmax over cosines
+TEMPERATURE = 0.1  # Of the softmax over cosines: at 0.05, passages of 16 held-out tokens cost more than a blind guess
 
 
 def count_vectors(stream: np.ndarray, n_tokens: int, width: int, window: int = 8) -> torch.Tensor:
