@@ -50,7 +50,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def train(
     data: Annotated[str | None, typer.Option(help="Training rows: file, folder, catalogue name or hub id.")] = None,
     task: Annotated[str | None, typer.Option(help="What is learnt: classify, tag, instruct or text.")] = None,
-    model: Annotated[str | None, typer.Option(help="tiny, a folder, or a hub id, perhaps with @revision.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny, tiny-encoder, a folder, or a hub id, perhaps with @revision.")
+    ] = None,
     valid: Annotated[str | None, typer.Option(help="Validation rows; else 10 % of the training rows.")] = None,
     test: Annotated[str | None, typer.Option(help="Test rows; else 10 % of the training rows.")] = None,
     strategy: Annotated[str | None, typer.Option(help="full, top:K or head.")] = None,

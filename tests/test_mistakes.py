@@ -540,7 +540,7 @@ def test_other_commands_speak_json(small_run: Path, small_files: Path, small_mod
     assert json.loads(scores.out)["macro_f1"] == record["scores"]["test"]["macro_f1"]
 
     models = llmft("models", small_model, "--json")
-    assert [line["name"] for line in json.loads(models.out)] == ["tiny", str(small_model)]
+    assert [line["name"] for line in json.loads(models.out)] == ["tiny", "tiny-encoder", str(small_model)]
     assert json.loads(models.out)[1]["layers"] == 2
 
     runs = llmft("runs", small_run.parent, "--json")

@@ -11,6 +11,7 @@ from pathlib import Path
 import house_checks as house
 import pytest
 
+from llmft_nb.bases import CATALOGUE
 from llmft_nb.sources import DATA_CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,12 +60,13 @@ def test_wheel_carries_its_assets(wheel):
     for name in (
         "llmft_nb/py.typed",
         "llmft_nb/core.py",
-        "llmft_nb/assets/models/tiny/model.safetensors",
-        "llmft_nb/assets/models/tiny/tokenizer.json",
         "llmft_nb/assets/pages/report.html",
         "llmft_nb/assets/pages/card.md",
     ):
         assert name in names
+    for model in CATALOGUE:
+        files = ("model.safetensors", "tokenizer.json", "pretraining.json")
+        assert {f"llmft_nb/assets/models/{model}/{file}" for file in files} <= set(names)
     for data in DATA_CATALOGUE:
         assert {f"llmft_nb/assets/data/{data}/{file}" for file in ("README.md", "test.jsonl")} <= set(names)
     assert {Path(name).name for name in names} >= {"LICENSE", "NOTICE", "entry_points.txt"}
