@@ -541,7 +541,7 @@ def test_other_commands_speak_json(small_run: Path, small_files: Path, small_mod
 
     models = llmft("models", small_model, "--json")
     assert [line["name"] for line in json.loads(models.out)] == ["tiny", "tiny-encoder", str(small_model)]
-    assert json.loads(models.out)[1]["layers"] == 2
+    assert json.loads(models.out)[-1]["layers"] == 2
 
     runs = llmft("runs", small_run.parent, "--json")
     [line] = json.loads(runs.out)
