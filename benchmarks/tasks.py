@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tunes import Rows, answers_of_tune
+from tunes import Rows, answers_of_tune, tuned
 
-from llmft_nb.finetune import finetune
 from llmft_nb.report import read_lines
 from llmft_nb.resampling import SPAN_F1, Statistic, f1_of_means, paired_permutation, resampled_score
 from llmft_nb.rows import read_rows
@@ -80,9 +77,7 @@ def counted_tags(train: Rows, test: Rows) -> Tags:
 
 def tags_of_tune(train: Rows, sets: dict[str, Rows], **options: Any) -> Tags:
     "Tags of the test rows."
-    with tempfile.TemporaryDirectory() as scratch:
-        given = {"valid": sets["valid"], "test": sets["test"], "leaks": "allow", "callbacks": (), **options}
-        run = finetune(train, task="tag", out=Path(scratch) / "run", **given)
+    with tuned(train, sets, task="tag", **options) as run:
         return [line["tags"] for line in read_lines(run.folder / "test_predictions.jsonl")]
 
 

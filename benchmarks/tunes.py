@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmft_nb.finetune import finetune
+from llmft_nb.finetune import FinishedRun, finetune
 from llmft_nb.report import read_lines
 from llmft_nb.resampling import paired_permutation
 
 Rows = list[dict[str, Any]]
 
 
+@contextmanager
+def tuned(train: Rows, sets: Mapping[str, Rows], **options: Any) -> Iterator[FinishedRun]:
+    "A run tuned with `options` of `finetune` and asked about `sets['test']`; its folder is gone afterwards."
+    given = {"valid": sets["valid"], "test": sets["test"], "leaks": "allow", "callbacks": ()}
+    with tempfile.TemporaryDirectory() as scratch:
+        yield finetune(train, out=Path(scratch) / "run", **given, **options)
+
+
 def answers_of_tune(
     train: Rows, sets: Mapping[str, Rows], asked: tuple[str, ...] = (), **options: Any
 ) -> dict[str, np.ndarray]:
-    "What a classifier answers to `sets['test']` and to the other sets `asked`, tuned with `options` of `finetune`."
-    with tempfile.TemporaryDirectory() as scratch:
-        run = finetune(
-            train,
-            valid=sets["valid"],
-            test=sets["test"],
-            leaks="allow",
-            out=Path(scratch) / "run",
-            callbacks=(),
-            **options,
-        )
+    "What a classifier answers to `sets['test']` and to the other sets `asked`."
+    with tuned(train, sets, **options) as run:
         found = {"test": [line["predicted"] for line in read_lines(run.folder / "test_predictions.jsonl")]}
         for name in asked:
             found[name] = [answer["label"] for answer in run.predictor().predict([row["text"] for row in sets[name]])]
