@@ -4,13 +4,16 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+import base_card  # noqa: E402
 import books  # noqa: E402
 import muon  # noqa: E402
 import pretrain  # noqa: E402
@@ -149,25 +152,52 @@ def test_the_loss_of_neighbours_is_of_both_directions() -> None:
     assert vectors.neighbour_loss(blind, blind).item() == pytest.approx(np.log(8))
 
 
-def test_features_stay_near_the_token_vectors(work: Path) -> None:
-    def turning(run: pretrain.Run) -> float:
-        run.model.eval()
-        ids = pretrain.rows_of_step(run.streams["valid"], run.plan, 0, 0)
-        plan = replace(run.plan, mask_frac=1e-9, passages=(4,))  # Nothing hidden: the passage is the same to both
-        with torch.no_grad():
-            found = pretrain.passages_loss(run.model, ids, plan, run.mask_id, 0)[1].item()
-        run.model.train()
-        return found
-
-    run = pretrain.Run("tiny-encoder", work, seed=0)
-    assert turning(run) < 0.1, "quiet blocks and a straight head pass the token vectors on"
+def turning(run: pretrain.Run) -> float:
+    "How far the features turn from the token vectors on held-out passages of which nothing is hidden."
+    run.model.eval()
+    ids = pretrain.rows_of_step(run.streams["valid"], run.plan, 0, 0)
+    plan = replace(run.plan, mask_frac=1e-9, passages=(4,))
     with torch.no_grad():
-        run.model.head.dense.weight.normal_(std=0.1)
-    begun = turning(run)
-    assert begun > 0.5
-    for _ in range(60):
-        run.step(1.0)
-    assert turning(run) < 0.5 * begun
+        found = pretrain.passages_loss(run.model, ids, plan, run.mask_id, 0)[1].item()
+        passages = ids.view(-1, 4)
+        means = run.model.model.embeddings(input_ids=passages).mean(1)
+        features = run.model.head(run.model.model(input_ids=passages)[0].mean(1))
+        alike = torch.nn.functional.cosine_similarity(features - features.mean(0), means - means.mean(0))
+    assert found == pytest.approx(1 - alike.mean().item(), abs=1e-5), "what all passages share does not count"
+    run.model.train()
+    return found
+
+
+def test_features_stay_near_the_token_vectors(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turning(pretrain.Run("tiny-encoder", work, seed=0)) < 0.1, "a straight head passes the token vectors on"
+    after = []
+    for anchor in (3.0, 0.0):
+        plan = replace(SMALL["tiny-encoder"], anchor=anchor)
+        monkeypatch.setitem(pretrain.PLANS, "tiny-encoder", plan)
+        run = pretrain.Run("tiny-encoder", work, seed=0)
+        with torch.no_grad():
+            run.model.head.dense.weight.normal_(std=0.1)
+        assert turning(run) > 0.5
+        for _ in range(60):
+            run.step(1.0)
+        after.append(turning(run))
+    assert after[0] < 0.5 * after[1], "only the second loss brings them back"
+
+
+def test_a_gap_is_filled_where_it_is() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "llmft_nb" / "assets" / "models" / "tiny-encoder")
+    (word,) = tokenizer(" house")["input_ids"]
+
+    class Parrot(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, **others: torch.Tensor) -> SimpleNamespace:
+            logits = torch.nn.functional.one_hot(input_ids, len(tokenizer)).float()
+            logits[input_ids == tokenizer.mask_token_id, word] = 9.0
+            return SimpleNamespace(logits=logits)
+
+    lines = base_card.filled(Parrot(), tokenizer)
+    assert [line.startswith(f"{gap} house, ") for line, gap in zip(lines, base_card.GAPS, strict=True)] == [True] * 10
 
 
 def test_the_folder_that_is_written_can_be_tuned(work: Path, tmp_path: Path) -> None:
