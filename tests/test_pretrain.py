@@ -19,8 +19,18 @@ import muon  # noqa: E402
 import pretrain  # noqa: E402
 import vectors  # noqa: E402
 
-SIZE = {"width": 32, "inner": 48, "n_layers": 1, "n_heads": 2, "lr": 1e-2, "block_lr": 1e-2, "n_rows": 4, "length": 16}
-SHORT = {"mask_frac": 0.3, "passages": (4, 8), "n_neighbour_steps": 2}
+SIZE = {
+    "width": 32,
+    "inner": 48,
+    "n_layers": 1,
+    "n_heads": 2,
+    "lr": 1e-2,
+    "block_lr": 1e-2,
+    "n_rows": 4,
+    "length": 16,
+    "n_neighbour_steps": 2,
+}
+SHORT = {"mask_frac": 0.3, "passages": (4, 8)}
 SMALL = {
     "tiny": replace(pretrain.PLANS["tiny"], n_kv_heads=1, **SIZE),
     "tiny-encoder": replace(pretrain.PLANS["tiny-encoder"], n_kv_heads=2, **SIZE, **SHORT),
@@ -182,6 +192,39 @@ def test_features_stay_near_the_token_vectors(work: Path, monkeypatch: pytest.Mo
             run.step(1.0)
         after.append(turning(run))
     assert after[0] < 0.5 * after[1], "only the second loss brings them back"
+
+
+def test_a_state_is_asked_for_the_tokens_up_to_it() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(9, 4)
+    ids = torch.randint(9, (2, 7))
+    means = torch.stack([table[ids[:, max(0, i - 2) : i + 1]].mean(1) for i in range(7)], dim=1)
+    assert pretrain.recall_loss(5 * means, ids, table, 3).item() == pytest.approx(0, abs=1e-5)
+    assert pretrain.recall_loss(-means, ids, table, 3).item() == pytest.approx(2, abs=1e-5)
+    told = means.clone()
+    told[0, 4] *= -1
+    assert pretrain.recall_loss(told, ids, table, 3).item() == pytest.approx(2 / 14, abs=1e-5)
+
+
+@pytest.mark.parametrize("anchor", [1.0, 0.0])
+def test_the_states_learn_to_tell_what_was_said(work: Path, monkeypatch: pytest.MonkeyPatch, anchor: float) -> None:
+    monkeypatch.setitem(pretrain.PLANS, "tiny", replace(SMALL["tiny"], n_recalled=6, anchor=anchor))
+    run = pretrain.Run("tiny", work, seed=0)
+    held_out = pretrain.rows_of_step(run.streams["valid"], run.plan, 0, 0)
+
+    def seconds(n_steps: int) -> float:
+        for _ in range(n_steps):
+            run.step(1.0)
+        with torch.no_grad():
+            return run.losses(held_out)[1].item()
+
+    before, blocks = seconds(0), [p.clone() for p in run.model.parameters()]
+    after = seconds(40)
+    assert (after < 0.6 * before) == (anchor > 0)
+    assert run.table.shape == (run.model.config.vocab_size, 32)
+    share = np.bincount(run.streams["train"], minlength=len(run.table)) / len(run.streams["train"])
+    assert torch.allclose(torch.from_numpy(share).float() @ run.table, torch.zeros(32), atol=1e-4)
+    assert all(not torch.equal(one, other) for one, other in zip(blocks, run.model.parameters(), strict=True))
 
 
 def test_a_gap_is_filled_where_it_is() -> None:

@@ -58,7 +58,8 @@ class Plan:
     length: int = 256  # Tokens a row
     mask_frac: float = 0.0  # Share of tokens to be foretold; 0 foretells every next token
     passages: tuple[int, ...] = ()  # Lengths into which rows are cut; none for a Llama
-    anchor: float = 3.0  # Weight of the loss that holds a passage's features to its token vectors
+    n_recalled: int = 0  # Tokens read last whose mean vector every state of a Llama shall tell
+    anchor: float = 1.0  # Weight of the second loss, which holds what the model makes of a text to its token vectors
     n_neighbour_steps: int = 2000  # Of the token vectors alone, before the network's first step
     vectors_share: float = 1.0  # Of `lr`, for the token vectors
     weight_decay: float = 0.1
@@ -66,7 +67,9 @@ class Plan:
 
 
 PLANS = {
-    "tiny": Plan(width=256, inner=640, n_layers=6, n_heads=8, n_kv_heads=4, lr=2e-3, block_lr=4e-3, n_rows=8),
+    "tiny": Plan(
+        width=256, inner=640, n_layers=6, n_heads=8, n_kv_heads=4, lr=2e-3, block_lr=4e-3, n_rows=8, n_recalled=24
+    ),
     "tiny-encoder": Plan(
         width=256,
         inner=384,
@@ -79,6 +82,7 @@ PLANS = {
         length=128,
         mask_frac=0.15,
         passages=(16, 32, 64),
+        anchor=3.0,
         vectors_share=0.1,
     ),
 }
@@ -105,13 +109,22 @@ def build(name: str, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> nn.Modul
     return ModernBertForMaskedLM(config)
 
 
-def start_from_books(model: nn.Module, stream: np.ndarray, plan: Plan) -> None:
-    "Replace the random token vectors by counted ones of the same mean square; a masked model's frequencies are set."
+def vectors_of_books(file: Path, stream: np.ndarray, plan: Plan, n_tokens: int) -> dict[str, torch.Tensor]:
+    "Token vectors `counted`, and the same `bent` until neighbouring passages agree; made once and kept in the file."
+    if not file.is_file():
+        counted_TD = count_vectors(stream, n_tokens, plan.width)
+        bent_TD = neighbour_vectors(stream, counted_TD, plan.n_neighbour_steps)
+        save_file({"counted": counted_TD, "bent": bent_TD}, file)
+    return load_file(file)
+
+
+def start_from_books(model: nn.Module, stream: np.ndarray, plan: Plan, found: dict[str, torch.Tensor]) -> None:
+    "Replace the random token vectors by found ones of the same mean square; a masked model's frequencies are set."
     table = model.get_input_embeddings().weight
-    vectors = count_vectors(stream, *table.shape)
-    rare = vectors.norm(dim=1) < 1e-3  # Tokens that hardly occur, control tokens among them, keep their random vectors
+    vectors = found["bent" if plan.passages else "counted"]
+    # Tokens that hardly occur, control tokens among them, keep their random vectors
+    rare = found["counted"].norm(dim=1) < 1e-3
     if plan.passages:
-        vectors = neighbour_vectors(stream, vectors, plan.n_neighbour_steps)
         seen = np.bincount(stream, minlength=len(table)) + 1.0
         model.decoder.bias.data.copy_(torch.from_numpy(np.log(seen / seen.sum())))
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-6) * table.shape[1] ** 0.5
@@ -149,9 +162,14 @@ def loss_of(model: nn.Module, ids: torch.Tensor, plan: Plan, mask_id: int, seed:
     "Nats a foretold token: the next one, or with `mask_frac` the hidden ones."
     if plan.mask_frac:
         return masked_loss(model, ids, plan, mask_id, seed)[0]
-    ids = ids.to(next(model.parameters()).device)
-    logits = model(input_ids=ids).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    return next_loss(model, ids.to(next(model.parameters()).device))[0]
+
+
+def next_loss(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Nats a next token, and the states."
+    states = model.model(input_ids=ids).last_hidden_state
+    logits = model.lm_head(states[:, :-1]).flatten(0, 1).float()
+    return F.cross_entropy(logits, ids[:, 1:].flatten()), states
 
 
 def masked_loss(
@@ -186,6 +204,16 @@ def passages_loss(
     wanted = model.model.embeddings(input_ids=ids.to(states.device)).mean(dim=1).detach().float()
     features, wanted = (part - part.mean(dim=0).detach() for part in (features, wanted))
     return filling, 1 - F.cosine_similarity(features, wanted).mean()
+
+
+def recall_loss(told_BLD: torch.Tensor, ids_BL: torch.Tensor, table_TD: torch.Tensor, n_last: int) -> torch.Tensor:
+    """How far what is told at each token turns from the mean vector of the `n_last` tokens up to it: 1 − their cosine.
+
+    A next token asks a state for little of what was said; a classifier at the last token asks it for all.
+    """
+    sums_BLD = table_TD[ids_BL].cumsum(dim=1)
+    sums_BLD = sums_BLD - F.pad(sums_BLD, (0, 0, n_last, 0))[:, : ids_BL.shape[1]]
+    return 1 - F.cosine_similarity(told_BLD.float(), sums_BLD, dim=-1).mean()
 
 
 @torch.no_grad()
@@ -225,6 +253,10 @@ class Run:
         self.tokenizer, self.streams = prepare(work)
         self.mask_id = self.tokenizer.mask_token_id
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        stream = self.streams["train"]
+        found = vectors_of_books(
+            work / f"vectors-{self.plan.width}.safetensors", stream, self.plan, len(self.tokenizer)
+        )
         torch.manual_seed(seed)
         self.model = build(name, self.plan, self.tokenizer)
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
@@ -233,13 +265,20 @@ class Run:
             self.state = json.loads((start / "state.json").read_text())
             self.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # The head is tied
         elif not saved:
-            start_from_books(self.model, self.streams["train"], self.plan)
+            start_from_books(self.model, stream, self.plan, found)
             quiet_blocks(self.model)
         self.model.to(self.device).train()
+        self.trained = dict(self.model.named_parameters())
+        if self.plan.n_recalled:
+            share_T = np.bincount(stream, minlength=len(self.tokenizer)) / len(stream)
+            common_D = torch.from_numpy(share_T).float() @ found["bent"]  # What all texts share tells none from another
+            self.table = (found["bent"] - common_D).to(self.device)
+            self.teller = nn.Linear(self.plan.width, self.plan.width, bias=False, device=self.device)
+            self.trained["teller.weight"] = self.teller.weight
         blocks = [p for name, p in self.model.named_parameters() if ".layers." in name and p.dim() == 2]
         table = self.model.get_input_embeddings().weight
         placed = {id(p) for p in (table, *blocks)}
-        others = [p for p in self.model.parameters() if id(p) not in placed]
+        others = [p for p in self.trained.values() if id(p) not in placed]
         adam = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
         self.optimizers = [
             torch.optim.AdamW([table], self.plan.lr * self.plan.vectors_share, **adam),
@@ -250,14 +289,15 @@ class Run:
         if saved:
             self.load()
         self.begun = self.state["step"]
-        self.loss_of = torch.compile(loss_of) if compiled else loss_of
+        if compiled:
+            self.model.model.compile()
 
     def load(self) -> None:
         "Weights, moments and place of the last save."
         self.state = json.loads((self.folder / "state.json").read_text())
         saved = load_file(self.folder / f"state-{self.state['step']}.safetensors", device=str(self.device))
         with torch.no_grad():
-            for name, weights in self.model.named_parameters():
+            for name, weights in self.trained.items():
                 weights.copy_(saved[name])
                 moments = {key.split(":")[0]: kept for key, kept in saved.items() if key.endswith(f":{name}")}
                 self.optimizer_of[weights].state[weights] = moments
@@ -266,7 +306,7 @@ class Run:
         "Keep the state; the file of the save before goes only when the new one is whole."
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
-        for name, weights in self.model.named_parameters():
+        for name, weights in self.trained.items():
             tensors[name] = weights.detach()
             moments = self.optimizer_of[weights].state[weights]
             tensors |= {f"{key}:{name}": value for key, value in moments.items()}
@@ -279,17 +319,20 @@ class Run:
             if old != file:
                 old.unlink()
 
+    def losses(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "The loss that is reported, and the second one, which holds the features to the token vectors."
+        if self.plan.passages:
+            return passages_loss(self.model, ids, self.plan, self.mask_id, self.state["step"])
+        ids = ids.to(self.device)
+        loss, states = next_loss(self.model, ids)
+        return loss, recall_loss(self.teller(states), ids, self.table, self.plan.n_recalled)
+
     def step(self, share: float) -> float:
         "One step of the optimizers at a share of their rates; returns the loss."
         ids = rows_of_step(self.streams["train"], self.plan, self.state["step"], self.seed)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            given = (self.model, ids, self.plan, self.mask_id, self.state["step"])
-            if self.plan.passages:
-                loss, turning = passages_loss(*given)
-                total = loss + self.plan.anchor * turning
-            else:
-                total = loss = self.loss_of(*given)
-        total.backward()
+            loss, second = self.losses(ids)
+        (loss + self.plan.anchor * second).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * share
@@ -365,7 +408,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: llmft_nb/assets/models/<name>")
     parser.add_argument("--start", type=Path, help="where there is no state yet, begin from what --keep wrote")
     parser.add_argument("--keep", type=Path, help="write the weights here at the end, for --start on another machine")
-    parser.add_argument("--compile", action="store_true", help="compile the step of `tiny`, which takes a minute")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a minute")
     parser.add_argument("--note", default="", help="what else the card should say, where the plan changed on the way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between two measurements")
