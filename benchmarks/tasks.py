@@ -27,7 +27,7 @@ from llmft_nb.rows import read_rows
 from llmft_nb.scores import majority_baseline, tfidf_baseline
 from llmft_nb.span_scores import span_counts
 from llmft_nb.tag import dictionary_baseline
-from llmft_nb.tags import repair_tags, split_words
+from llmft_nb.tags import repair_tags, span_tags, split_words
 
 Row = dict[str, Any]
 Tags = list[list[str]]
@@ -51,12 +51,9 @@ def class_counts(answers: list[str] | np.ndarray, truth: list[str], names: list[
 
 
 def tagged(row: Row) -> Row:
-    "A question as words and tags: a word belongs to the span in which it starts."
-    words, tags = split_words(row["text"]), []
-    for word in words:
-        held = [span for span in row["spans"] if span["start"] <= word.start < span["stop"]]
-        tags.append(f"{'B' if held[0]['start'] == word.start else 'I'}-{held[0]['label']}" if held else "O")
-    return {"tokens": [word.text for word in words], "ner_tags": tags}
+    "A question as words and tags."
+    words = split_words(row["text"])
+    return {"tokens": [word.text for word in words], "ner_tags": span_tags(words, row["spans"])}
 
 
 def in_context(rows: Rows) -> list[str]:

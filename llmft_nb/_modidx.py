@@ -780,6 +780,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmft_nb.tags.plain_words': ('tags.html#plain_words', 'llmft_nb/tags.py'),
                                'llmft_nb.tags.read_lists': ('tags.html#read_lists', 'llmft_nb/tags.py'),
                                'llmft_nb.tags.repair_tags': ('tags.html#repair_tags', 'llmft_nb/tags.py'),
+                               'llmft_nb.tags.span_tags': ('tags.html#span_tags', 'llmft_nb/tags.py'),
                                'llmft_nb.tags.split_words': ('tags.html#split_words', 'llmft_nb/tags.py'),
                                'llmft_nb.tags.stray_tags': ('tags.html#stray_tags', 'llmft_nb/tags.py'),
                                'llmft_nb.tags.tag_scheme': ('tags.html#tag_scheme', 'llmft_nb/tags.py'),

@@ -26,6 +26,7 @@ from llmft_nb.tags import (
     find_tag_names,
     iob1_rows,
     repair_tags,
+    span_tags,
     split_words,
     stray_tags,
     tag_scheme,
@@ -565,12 +566,32 @@ def test_spans_of_a_text_stand_where_they_say() -> None:
             assert text[span["start"] : span["stop"]] == span["text"]
             inside = [s for w, s in zip(words, scores, strict=True) if span["start"] <= w.start < span["stop"]]
             assert span["score"] == min(inside)
+        assert span_tags(words, character_spans(text, words, tags, scores)) == repair_tags(tags)
         by_word = character_spans([word.text for word in words], None, tags, scores)
         assert [(s["label"], s["start"], s["stop"]) for s in by_word] == [
             (s.label, s.start, s.stop) for s in tag_spans(repair_tags(tags))
         ]
     with pytest.raises(UserError, match="1 tags, 1 scores, 2 words"):
         character_spans("a b", split_words("a b"), ["O"], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "message"),
+    [
+        (1, 8, r"characters 1 to 8 \(place\) of 'Port Kiel'"),
+        (0, 7, r"characters 0 to 7 \(place\) of 'Port Kiel'"),
+        (0, 10, r"characters 0 to 10 \(place\) of 'Port Kiel'"),
+        (9, 10, r"characters 9 to 10 \(place\): a"),
+        (5, 5, "does not begin and end with words"),
+        (5, 13, "two spans share a word"),
+    ],
+)
+def test_a_span_that_has_no_tags_is_refused(start: int, stop: int, message: str) -> None:
+    words = split_words("Port Kiel  is")
+    assert span_tags(words[:2], [{"label": "place", "start": 0, "stop": 9}]) == ["B-place", "I-place"]
+    spans = [{"label": "verb", "start": 11, "stop": 13}, {"label": "place", "start": start, "stop": stop}]
+    with pytest.raises(UserError, match=message):
+        span_tags(words, spans)
 
 
 def test_added_tokens_are_words_too() -> None:
