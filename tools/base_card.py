@@ -108,6 +108,7 @@ def card(name: str, figures: dict[str, Any]) -> str:
         **{key: figures[key] for key in ("n_weights", "steps", "tokens_seen", "device", "torch", "date")},
         minutes=figures["seconds"] / 60,
         bent=BENT if figures["plan"]["passages"] else "",
+        told=TOLD.format(**figures["plan"]) if figures["plan"].get("n_recalled") else "",
         note=f"\n\n{figures['note']}" if figures["note"] else "",
         n_tokens=figures["training_tokens"],
         epochs=figures["tokens_seen"] / figures["training_tokens"],
@@ -124,6 +125,10 @@ def card(name: str, figures: dict[str, Any]) -> str:
 
 BENT = """, bent until the mean over a passage tells its neighbour from a thousand others;
 the network then learns to fill gaps, while the mean of its states is held near the mean of these vectors"""
+TOLD = """
+Beside the next token every state is asked, through one linear map that is not kept, for the mean vector of the last
+{n_recalled} tokens, in counted vectors bent until the mean over a passage tells its neighbour from a thousand others:
+a classifier at the last token needs what was said, and not only what comes."""
 CARD = """---
 license: apache-2.0
 ---
@@ -138,9 +143,9 @@ be fine-tuned on a laptop in minutes, and too small for anything else. Licence o
 `tools/pretrain.py {name}`: {steps:,} steps, {tokens_seen:,} tokens ({epochs:.2f} passes over {n_tokens:,}),
 {minutes:.0f} minutes on {device}, torch {torch}, finished {date}. Its token vectors begin as counted ones (which tokens
 stand near which, factorised){bent}, everything else at
-random, and every block begins by adding nothing. Token vectors and head are one table (`tie_word_embeddings`): the
-strategy `head` of a language model moves that table, and with it what is read; `full`
-moves it once, not twice.{note}
+random, and every block begins by adding nothing.{told}
+Token vectors and head are one table (`tie_word_embeddings`): the strategy `head` of a language model moves that table,
+and with it what is read; `full` moves it once, not twice.{note}
 
 | step | training loss | held-out loss |
 | --- | --- | --- |
