@@ -254,6 +254,7 @@ def test_the_folder_that_is_written_can_be_tuned(work: Path, tmp_path: Path) -> 
         run.finish(tmp_path / name)
         card = (tmp_path / name / "README.md").read_text()
         assert "| Kings | Nobody | here |" in card
+        assert ("24 tokens, in counted vectors" in card) == (name == "tiny"), "what the second loss asks"
         figures = json.loads((tmp_path / name / "pretraining.json").read_text())
         assert figures["tokens_seen"] == 64
         assert 1 < figures["heldout"]["bytes_per_token"] < 10

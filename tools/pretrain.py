@@ -114,7 +114,9 @@ def vectors_of_books(file: Path, stream: np.ndarray, plan: Plan, n_tokens: int) 
     if not file.is_file():
         counted_TD = count_vectors(stream, n_tokens, plan.width)
         bent_TD = neighbour_vectors(stream, counted_TD, plan.n_neighbour_steps)
-        save_file({"counted": counted_TD, "bent": bent_TD}, file)
+        half = file.with_suffix(".half")
+        save_file({"counted": counted_TD, "bent": bent_TD}, half)
+        half.replace(file)
     return load_file(file)
 
 
@@ -253,14 +255,13 @@ class Run:
         self.tokenizer, self.streams = prepare(work)
         self.mask_id = self.tokenizer.mask_token_id
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        stream = self.streams["train"]
-        found = vectors_of_books(
-            work / f"vectors-{self.plan.width}.safetensors", stream, self.plan, len(self.tokenizer)
-        )
+        stream, saved = self.streams["train"], (self.folder / "state.json").is_file()
+        if self.plan.n_recalled or not (saved or start):
+            file = work / f"vectors-{self.plan.width}.safetensors"
+            found = vectors_of_books(file, stream, self.plan, len(self.tokenizer))
         torch.manual_seed(seed)
         self.model = build(name, self.plan, self.tokenizer)
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
-        saved = (self.folder / "state.json").is_file()
         if start and not saved:
             self.state = json.loads((start / "state.json").read_text())
             self.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # The head is tied
