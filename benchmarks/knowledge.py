@@ -7,6 +7,10 @@ the ways and asked about the whole test: phrasings of another hand, and pairs no
 strategy (`full`, `top:2`, `head`), or `random`: everything moves, from random weights. Beside them stand the commonest
 label and word counts (TF-IDF with a logistic regression) on the same rows. The last figure is the worst
 mistake: the share of what is to be avoided that was answered `safe`.
+
+With --reasons the labels that are learnt are verdict and reason together (as on the tour); the verdict is what stands
+before the colon, and the share of answers whose reason is right too is told as well. It takes rows enough that every
+reason occurs among them.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any
 import numpy as np
 from tunes import Rows, answers_of_tune, difference
 
+from llmft_nb.demo import with_reasons
 from llmft_nb.rows import read_rows
 from llmft_nb.scores import majority_baseline, tfidf_baseline
 
@@ -41,14 +46,19 @@ def tuned(train: Rows, sets: dict[str, Rows], way: str, arguments: argparse.Name
 class Table:
     "Answers by number of rows, way and seed, and what they come to."
 
-    def __init__(self, test: Rows) -> None:
+    def __init__(self, test: Rows, reasoned: Rows | None = None) -> None:
         self.labels = np.array([row["label"] for row in test])
+        self.reasons = np.array([row["label"] for row in reasoned or test])
         why = np.array([row["split_reason"] for row in test])
         self.parts = {"all": why != "", "phrasings": why == "phrasing", "pairs": why == "pair"}
         self.answers: dict[tuple[int, str], list[np.ndarray]] = {}
+        self.right_reasons: dict[tuple[int, str], list[float]] = {}
 
     def add(self, n_rows: int, way: str, answers: list[str] | np.ndarray) -> None:
-        self.answers.setdefault((n_rows, way), []).append(np.array(answers))
+        "Keep the verdicts; of answers with a reason, the share of right reasons too."
+        if any(": " in answer for answer in answers):
+            self.right_reasons.setdefault((n_rows, way), []).append(float(np.mean(answers == self.reasons)))
+        self.answers.setdefault((n_rows, way), []).append(np.array([answer.split(":")[0] for answer in answers]))
 
     def right(self, n_rows: int, way: str) -> np.ndarray:
         "For each test row the share of seeds that answered it right."
@@ -63,14 +73,16 @@ class Table:
             line[part] = [float(np.mean(shares)), min(shares), max(shares)]
         avoid = self.labels == "avoid"
         line["avoid as safe"] = float(np.mean([(one == "safe")[avoid].mean() for one in found]))
+        if (n_rows, way) in self.right_reasons:
+            line["reasons"] = float(np.mean(self.right_reasons[n_rows, way]))
         return line
 
     def show(self, n_rows: int, way: str, seconds: float) -> None:
         line = self.line(n_rows, way)
         shares = "  ".join("{} {:5.1%} [{:.1%}, {:.1%}]".format(part, *line[part]) for part in self.parts)
-        print(
-            f"{n_rows:>6,} {way:<12} {shares}  avoid as safe {line['avoid as safe']:.1%}  {seconds:.0f} s", flush=True
-        )
+        harm = f"avoid as safe {line['avoid as safe']:.1%}"
+        reasons = f"  right reasons {line['reasons']:.1%}" if "reasons" in line else ""
+        print(f"{n_rows:>6,} {way:<12} {shares}  {harm}{reasons}  {seconds:.0f} s", flush=True)
 
     def compare(self, n_rows: int, one: str, other: str) -> None:
         "The paired difference over all seeds, by part."
@@ -89,25 +101,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps of the optimizer, about")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--reasons",
+        action="store_true",
+        help="learn verdict and reason as one label; needs rows that hold every reason",
+    )
     parser.add_argument("--json", type=Path, help="write the lines there as well")
     arguments = parser.parse_args()
     sets = {split: list(read_rows("pharmacy", split=split)) for split in ("train", "valid", "test")}
     if arguments.train:
         sets["train"] = list(read_rows(arguments.train))
-    table = Table(sets["test"])
+    labelled = with_reasons(sets) if arguments.reasons else sets
+    table = Table(sets["test"], labelled["test"])
     texts = [row["text"] for row in sets["test"]]
     for n_rows in arguments.rows:
         for way in ("commonest", "word counts", *arguments.ways):
             started = time.monotonic()
             for seed in range(arguments.seeds):
-                train = random.Random(seed).sample(sets["train"], min(n_rows, len(sets["train"])))  # noqa: S311
+                chosen = random.Random(seed).sample(range(len(sets["train"])), min(n_rows, len(sets["train"])))  # noqa: S311
+                train = [sets["train"][i] for i in chosen]
                 labels = [row["label"] for row in train]
                 if way == "commonest":
                     answers = majority_baseline(labels, len(texts))
                 elif way == "word counts":
                     answers = tfidf_baseline([row["text"] for row in train], labels, texts)
                 else:
-                    answers = tuned(train, sets, way, arguments, seed)
+                    answers = tuned([labelled["train"][i] for i in chosen], labelled, way, arguments, seed)
                 table.add(n_rows, way, answers)
             table.show(n_rows, way, time.monotonic() - started)
         for other in ("word counts", *arguments.ways[1:]):

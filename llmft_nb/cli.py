@@ -304,14 +304,14 @@ def demo(
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
 ) -> None:
-    "Fine-tune the embedded base, fully and in part, and ask one question before and after."
+    "Fine-tune an embedded base fully, in part, and with reasons; ask before and after."
     with exit_statuses(as_json, log_level, debug):
         from llmft_nb.demo import QUESTION, continue_text, run_demo, summarise_demo
         from llmft_nb.runs import next_folder
 
         story = continue_text("tiny", QUESTION)
         if not as_json:
-            print(f"The question: {QUESTION}\nThe embedded base has read children's books only. It goes on:\n  {story}")
+            print(f"The question: {QUESTION}\nA base that has read nothing but old books goes on:\n  {story}")
         finished = run_demo(out or next_folder(), tell=lambda message: print(message, file=sys.stderr), epochs=epochs)
         summary = summarise_demo(finished, story)
         print(json.dumps(summary, ensure_ascii=False)) if as_json else show_demo(summary)

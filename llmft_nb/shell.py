@@ -277,18 +277,20 @@ def show_demo(
     print(f"\n{summary['question']}\n  before tuning: {summary['untuned']}, from a head that has learnt nothing")
     for strategy, answer in summary["answers"].items():
         print(f"  after {strategy}: {answer}")
-    print(f"\n{'test questions nobody trained on':<32} accuracy [95 % interval]")
+    taught = summary["with_reason"]
+    print(f"\n{taught['question']}\n  before tuning: {taught['before']}\n  with reasons: {taught['after']}")
+    print(f"\n{'test questions nobody trained on':<32} right verdict [95 % interval]")
     for line in summary["scores"]:
         print(f"  {line['name']:<30} {Score(**line['accuracy']).describe()}")
     print("\n'avoid' answered 'safe', the mistake that would hurt")
     for line in summary["scores"]:
         if line.get("harm"):
-            harm = {name: line["harm"][name] for name in ("value", "low", "high", "n")}
-            print(f"  {line['name']:<30} {Score(**harm).describe()}")
+            print(f"  {line['name']:<30} {Score(**line['harm']).describe()}")
+    print(f"\nverdict and reason both right: {Score(**summary['scores'][-1]['exact']).describe()}")
     strategies = list(summary["seconds"])
-    print("\n" + f"{'seconds of each step':<40}" + "".join(f"{strategy:>8}" for strategy in strategies))
+    print("\n" + f"{'seconds of each step':<40}" + "".join(f"{strategy:>20}" for strategy in strategies))
     for step in summary["seconds"][strategies[0]]:
-        print(f"  {step:<38}" + "".join(f"{summary['seconds'][strategy][step]:8.1f}" for strategy in strategies))
+        print(f"  {step:<38}" + "".join(f"{summary['seconds'][strategy][step]:20.1f}" for strategy in strategies))
     for strategy in strategies:
         print(f"run folder, {strategy}: {summary['folders'][strategy]} (open report.html)")
     print(f"\n{summary['notice']}")

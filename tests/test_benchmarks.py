@@ -9,8 +9,12 @@ from sklearn.metrics import f1_score
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import knowledge  # noqa: E402
 import language  # noqa: E402
 import tasks  # noqa: E402
+
+from llmft_nb import demo  # noqa: E402
+from llmft_nb.core import UserError  # noqa: E402
 
 
 def test_macro_f1_is_the_one_everybody_means() -> None:
@@ -48,3 +52,30 @@ def test_a_set_can_be_cut_to_one_kind() -> None:
     whole, plain = (language.rows_of(name)["test"] for name in ("pharmacy-reviews", "pharmacy-reviews:plain"))
     assert plain == [row for row in whole if row["kind"] == "plain"]
     assert 0 < len(plain) < len(whole)
+
+
+def test_answers_with_reasons_count_as_verdicts() -> None:
+    reasons = ["avoid: both contain the same", "safe: they work in different ways", "avoid: bleeding"]
+    rows = [{"label": reason.split(":")[0], "split_reason": "pair"} for reason in reasons]
+    table = knowledge.Table(rows, [row | {"label": reason} for row, reason in zip(rows, reasons, strict=True)])
+    table.add(10, "full", ["avoid: both contain the same", "safe: they never meet", "safe: they never meet"])
+    line = table.line(10, "full")
+    assert line["pairs"] == pytest.approx([2 / 3] * 3)
+    assert (line["reasons"], line["avoid as safe"]) == (pytest.approx(1 / 3), 0.5)
+    table.add(10, "word counts", ["avoid", "safe", "avoid"])
+    assert "reasons" not in table.line(10, "word counts") and table.right(10, "word counts").all()
+
+
+def test_a_reason_is_named_where_training_rows_enough_name_it() -> None:
+    def row(what: str) -> dict[str, str]:
+        return {"label": "avoid", "reason": f"both contain {what}, so it would be taken twice"}
+
+    rare, other = row("aspirin"), {"label": "safe", "reason": "they work in different ways"}
+    parts = {"train": [row("codeine")] * demo.N_TO_NAME + [rare, other], "test": [row("codeine"), rare, row("senna")]}
+    found = {name: [one["label"] for one in rows] for name, rows in demo.with_reasons(parts).items()}
+    named = "avoid: both contain codeine, so it would be taken twice"
+    assert found["test"] == [named, "avoid: both contain the same", "avoid: both contain the same"]
+    assert set(found["train"]) == {*found["test"], "safe: they work in different ways"}
+    assert rare["label"] == "avoid", "the rows given are left as they were"
+    with pytest.raises(UserError, match="valid: rows without a reason"):
+        demo.with_reasons(parts | {"valid": [{"label": "safe"}]})
