@@ -37,13 +37,13 @@ CATALOGUE: dict[str, CatalogueModel] = {
         family="decoder",
         licence="Apache-2.0",
         lr=1e-3,
-        about="2.6 million weights, half an hour of public-domain children's books; no health text at all",
+        about="5.7 million weights, two and a half hours of public-domain books; no health text at all",
     ),
     "tiny-encoder": CatalogueModel(
         name="tiny-encoder",
         family="encoder",
         licence="Apache-2.0",
-        lr=3e-4,
+        lr=4e-4,
         about="3.3 million weights, an hour of public-domain books read to both sides; no health text at all",
     ),
 }

@@ -354,7 +354,7 @@ def head_model(kind: str, tokenizer: Any) -> tuple[Any, str]:
         name = f"{kind}ForMaskedLM" if masked else {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM")
         model = getattr(transformers, name)(config).eval()
         for parameter in model.parameters():  # Random biases and norms too, or an error in them would not show
-            parameter.data += 0.05 * torch.randn_like(parameter)
+            parameter.data += 0.15 * torch.randn_like(parameter)
     return model, "masked" if masked else "causal"
 
 

@@ -29,7 +29,7 @@ from llmft_nb.decoding import (
 )
 
 KINDS = ["Llama", "Qwen3", "GPT2"]
-VOCAB = 4096  # The embedded tokenizer's
+VOCAB = 6144  # The embedded tokenizer's
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_a_rows_draw_depends_on_its_number_and_the_seed_only(tokenizer: Any) -> 
     ("prompts", "settings", "words"),
     [
         ([[5], []], {}, "prompt of row 1: it has no tokens"),
-        ([[5], [VOCAB]], {}, "prompt of row 1: it has a token that is not from 0 to 4095"),
+        ([[5], [VOCAB]], {}, "prompt of row 1: it has a token that is not from 0 to 6143"),
         ([[-100]], {}, "prompt of row 0: it has a token"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens 0"),
         ([[5]], {"temperature": -0.1}, "temperature -0.1"),

@@ -38,7 +38,7 @@ def make_model(kind: str, model_class: type[PositionModel]) -> PositionModel:
     source = find_model("tiny")
     tokenizer, _ = load_tokenizer(source)
     head = "LMHeadModel" if (kind, model_class) == ("GPT2", LLMForCausalLM) else f"For{model_class.kind}"
-    config = small_config(kind, len(tokenizer), num_labels=N_LABELS)
+    config = small_config(kind, len(tokenizer), num_labels=N_LABELS, initializer_range=0.1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = getattr(transformers, f"{kind}{head}")(config)
