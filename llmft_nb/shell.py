@@ -14,6 +14,7 @@ import errno
 import itertools
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ def exit_statuses(
     logging.basicConfig(level=level.value.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         yield
+        sys.stdout.flush()  # Whether the reader is still there is asked here, where it can be answered
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -71,7 +73,7 @@ def exit_statuses(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes at its end what is still left
         raise typer.Exit(0) from None
     except UnicodeDecodeError as error:
         if debug:
