@@ -333,13 +333,13 @@ def test_bf16_where_asked_for(small_model: Path) -> None:
         layer = model.network.model.layers[0].mlp.down_proj
         layer.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out.dtype))
         loader = TextDataLoader(TextDataset(rows, model.tokenizer), batch_size=8)
-        result = LLMTrainer(model, settings=plain_settings(precision=precision), log_every=1).train(loader)
+        settings = plain_settings(precision=precision, lr=2e-3)  # At 1e-2 the paths of this small network part
+        result = LLMTrainer(model, settings=settings, log_every=1).train(loader)
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
         kinds.append((set(seen), [loss for _, loss in result.losses]))
     assert [seen for seen, _ in kinds] == [{torch.float32}, {torch.bfloat16}]
     assert kinds[0][1] != kinds[1][1]
-    assert kinds[0][1][0] == pytest.approx(kinds[1][1][0], rel=0.005)  # Before the first step
-    assert kinds[0][1] == pytest.approx(kinds[1][1], rel=0.05)
+    assert kinds[0][1] == pytest.approx(kinds[1][1], rel=0.02)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
