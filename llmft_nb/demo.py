@@ -111,7 +111,7 @@ def verdict_scores(
     true, said = ([label.partition(":")[0] for label in found] for found in (labels, answers))
     return {
         "accuracy": asdict(score_share(int(right_answers(true, said).sum()), len(rows))),
-        "harm": asdict(worst_harm_rate(true, said)),
+        "harm": asdict(worst_harm_rate(true, said)) if "avoid" in true else None,
         "exact": asdict(score_share(int(right_answers(labels, answers).sum()), len(rows))),
     }
 
