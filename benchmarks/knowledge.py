@@ -1,12 +1,13 @@
 """How many rows does a verdict take? Learning curves on the house pharmacy, from the base and from random weights.
 
-    python benchmarks/knowledge.py [--rows 100 300 1000 3000] [--ways full random] [--seeds 3] [--json FILE]
+    python benchmarks/knowledge.py [--rows 100 300 1000 3000] [--ways full random@1e-3] [--seeds 3] [--json FILE]
 
 For each number of rows (drawn from the training split, others for each seed) the embedded base is tuned in each of
 the ways and asked about the whole test: phrasings of another hand, and pairs no training row is about. A way is a
-strategy (`full`, `top:2`, `head`), or `random`: everything moves, from random weights. Beside them stand the commonest
-label and word counts (TF-IDF with a logistic regression) on the same rows. The last figure is the worst
-mistake: the share of what is to be avoided that was answered `safe`.
+strategy (`full`, `top:2`, `head`), or `random`: everything moves, from random weights. Each deserves a learning rate
+of its own (`top:2@1e-3`; without one, --lr), and the epoch is chosen on no more validation rows than there are
+training rows, or a hundred. Beside them stand the commonest label and word counts (TF-IDF with a logistic regression)
+on the same rows. The last figure is the worst mistake: the share of what is to be avoided that was answered `safe`.
 
 With --reasons the labels that are learnt are verdict and reason together (as on the tour); the verdict is what stands
 before the colon, and the share of answers whose reason is right too is told as well. It takes rows enough that every
@@ -16,14 +17,13 @@ reason occurs among them.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tunes import Rows, answers_of_tune, difference
+from tunes import Rows, answers_of_tune, difference, write_measured
 
 from llmft_nb.demo import with_reasons
 from llmft_nb.rows import read_rows
@@ -37,10 +37,12 @@ def n_epochs(n_rows: int, steps: int, batch_size: int) -> int:
 
 def tuned(train: Rows, sets: dict[str, Rows], way: str, arguments: argparse.Namespace, seed: int) -> np.ndarray:
     "What a tuned model answers to the test."
+    way, _, rate = way.partition("@")
     start = {"init": "random"} if way == "random" else {"strategy": way}
     n_passes = n_epochs(len(train), arguments.steps, arguments.batch_size)
-    options = {"model": arguments.model, "lr": arguments.lr, "batch_size": arguments.batch_size, "epochs": n_passes}
-    return answers_of_tune(train, sets, seed=seed, **options, **start)["test"]
+    options = {"model": arguments.model, "batch_size": arguments.batch_size, "epochs": n_passes}
+    sets = {**sets, "valid": sets["valid"][: max(100, len(train))]}
+    return answers_of_tune(train, sets, seed=seed, lr=float(rate or arguments.lr), **options, **start)["test"]
 
 
 class Table:
@@ -106,7 +108,7 @@ def main() -> None:
         action="store_true",
         help="learn verdict and reason as one label; needs rows that hold every reason",
     )
-    parser.add_argument("--json", type=Path, help="write the lines there as well")
+    parser.add_argument("--json", type=Path, help="write the lines there as well, after each number of rows")
     arguments = parser.parse_args()
     sets = {split: list(read_rows("pharmacy", split=split)) for split in ("train", "valid", "test")}
     if arguments.train:
@@ -131,8 +133,8 @@ def main() -> None:
             table.show(n_rows, way, time.monotonic() - started)
         for other in ("word counts", *arguments.ways[1:]):
             table.compare(n_rows, arguments.ways[0], other)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([table.line(*key) for key in table.answers], indent=1) + "\n")
+        if arguments.json:
+            write_measured(arguments.json, [table.line(*key) for key in table.answers])
 
 
 if __name__ == "__main__":

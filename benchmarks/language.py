@@ -13,7 +13,6 @@ The difference of the two starts is tested row by row, paired, over all seeds to
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tunes import Rows, answers_of_tune, difference, right_of
+from tunes import Rows, answers_of_tune, difference, right_of, write_measured
 
 from llmft_nb.modeling import LLMForSequenceClassification
 from llmft_nb.rows import read_rows
@@ -110,7 +109,7 @@ def main() -> None:
         for n_rows in arguments.rows:
             lines += measure(name, n_rows, arguments)
             if arguments.json:
-                arguments.json.write_text(json.dumps(lines, indent=1) + "\n")
+                write_measured(arguments.json, lines)
 
 
 if __name__ == "__main__":

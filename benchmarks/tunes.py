@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 from llmft_nb.finetune import FinishedRun, finetune
 from llmft_nb.report import read_lines
 from llmft_nb.resampling import paired_permutation
+from llmft_nb.runs import describe_environment
 
 Rows = list[dict[str, Any]]
 
@@ -46,3 +49,9 @@ def difference(ours: np.ndarray, others: np.ndarray) -> str:
     paired = paired_permutation(ours, others)
     points = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
     return f"{points}, p = {paired.p_value:.2g}"
+
+
+def write_measured(file: Path, lines: Rows) -> None:
+    "Write figures down with the day and what they were measured with."
+    found = {"date": time.strftime("%Y-%m-%d"), "environment": describe_environment(), "lines": lines}
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

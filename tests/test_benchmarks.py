@@ -1,5 +1,7 @@
 """What the benchmarks of the embedded world count, beside the same figure from another library."""
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import knowledge  # noqa: E402
 import language  # noqa: E402
 import tasks  # noqa: E402
+import tunes  # noqa: E402
 
 from llmft_nb import demo  # noqa: E402
 from llmft_nb.core import UserError  # noqa: E402
@@ -79,3 +82,30 @@ def test_a_reason_is_named_where_training_rows_enough_name_it() -> None:
     assert rare["label"] == "avoid", "the rows given are left as they were"
     with pytest.raises(UserError, match="valid: rows without a reason"):
         demo.with_reasons(parts | {"valid": [{"label": "safe"}]})
+
+
+def test_a_way_names_its_rate_and_few_rows_few_validation_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answers(train: list, sets: dict, **options: object) -> dict[str, np.ndarray]:
+        asked.append(options | {"n_valid": len(sets["valid"])})
+        return {"test": np.array([])}
+
+    monkeypatch.setattr(knowledge, "answers_of_tune", answers)
+    arguments = argparse.Namespace(model="tiny", steps=100, batch_size=10, lr=4e-4)
+    sets = {"valid": [{}] * 300, "test": []}
+    for way, n_rows in (("full", 50), ("top:2@1e-3", 200), ("random@2e-3", 500)):
+        knowledge.tuned([{}] * n_rows, sets, way, arguments, seed=0)
+    assert [(one.get("strategy"), one.get("init"), one["lr"]) for one in asked] == [
+        ("full", None, 4e-4),
+        ("top:2", None, 1e-3),
+        (None, "random", 2e-3),
+    ]
+    assert [(one["epochs"], one["n_valid"]) for one in asked] == [(20, 100), (5, 200), (3, 300)]
+
+
+def test_measured_figures_say_what_with(tmp_path: Path) -> None:
+    tunes.write_measured(tmp_path / "figures.json", [{"rows": 100}])
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["lines"] == [{"rows": 100}] and found["date"].startswith("20")
+    assert {"torch", "device", "threads"} <= set(found["environment"])
