@@ -36,6 +36,7 @@ class TrainSettings:
     train_on: str = "last"  # Turns of a conversation that are learnt: "last", "all" or "marked"
     too_long: str = "error"  # Conversations over the limit: "error", "drop_turns", "cut_prompt", "split" or "drop"
     packing: bool = True  # Whether short texts share rows
+    mask_frac: float = 0.15  # Share of the tokens that a model which reads to both sides is asked for, in training
     max_new_tokens: int = 128  # Tokens of a written answer at most
     no_repeat_ngram: int = 0  # Tokens in a row that a written answer may not say twice; 0: no guard
     n_written: int = 200  # Test rows for which answers are written
@@ -79,6 +80,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_grad_norm", 0.0, 1e6),
     ("max_length", 2, 1_000_000),
     ("overlap", 0, 1_000_000),
+    ("mask_frac", 0.01, 0.9),
     ("max_new_tokens", 1, 100_000),
     ("n_written", 1, 1_000_000),
     ("no_repeat_ngram", 0, 1000),

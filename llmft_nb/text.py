@@ -16,6 +16,7 @@ from torch import nn
 
 from .core import UserError
 from .corpus import CorpusDataset, build_corpus
+from .hparams import TrainSettings
 from .inference import row_losses
 from .modeling import TunableModel
 from .objectives import bits_per_byte
@@ -139,7 +140,8 @@ class TextTask(Task):
         rows: Any,  # A part of a stream
         model: TunableModel,  # Whose tokenizer
         label_names: Sequence[str],  # Not used
-        packing: bool | None = None,  # Whether short texts share rows; None: as the settings say
+        *,
+        held_out: bool = False,  # Whether to score them: each document in rows of its own, masked as for any other run
     ) -> CorpusDataset:  # Rows of tokens on disk
         "Texts as rows of tokens."
         config, tokenizer = model.network.config, model.tokenizer
@@ -149,11 +151,12 @@ class TextTask(Task):
             tokenizer,
             max_length=self.settings.max_length,
             objective="masked" if model.kind == "MaskedLM" else "causal",
-            packing=self.settings.packing if packing is None else packing,
+            packing=self.settings.packing and not held_out,
             overlap=self.settings.overlap,
             cache_folder=self.cache_folder,
             first_position=int(config.pad_token_id or 0) + 1 if is_offset else 0,
             seed=self.settings.seed,
+            mask_frac=TrainSettings.mask_frac if held_out else self.settings.mask_frac,
         )
 
     cache_folder: str | Path | None = None  # Where tokenised texts are kept for the next time
@@ -164,7 +167,7 @@ class TextTask(Task):
         rows: Any,  # Test texts
     ) -> list[dict[str, Any]]:  # For each document "place", "loss_sum", "n_targets"; "n_bytes" of all in the first
         "What each test document costs a model."
-        dataset = self.dataset(rows, model, [], packing=False)
+        dataset = self.dataset(rows, model, [], held_out=True)
         found = document_losses(model, dataset)
         if found and dataset.causal:
             found[0]["n_bytes_of_all"] = dataset.audit.n_bytes

@@ -500,7 +500,7 @@ def test_settings_reach_the_rows(bases, monkeypatch):
     from llmft_nb.modeling import LLMForMaskedLM
 
     numbers = {"max_length": 24, "overlap": 5, "train_on": "all", "too_long": "drop", "packing": False, "seed": 7}
-    settings = TrainSettings(**numbers)
+    settings = TrainSettings(**numbers, mask_frac=0.4)
     made: dict[str, dict[str, Any]] = {}
     for module, name in ((tag, "TagDataset"), (instruct, "InstructDataset"), (text, "build_corpus")):
         monkeypatch.setattr(module, name, lambda *_, key=name, **given: made.setdefault(key, given))
@@ -509,9 +509,14 @@ def test_settings_reach_the_rows(bases, monkeypatch):
         make_task(task, settings).dataset([], model, ["O", "B-place"])
     assert made["TagDataset"] == {"label_names": ["O", "B-place"], "max_length": 24, "overlap": 5}
     assert made["InstructDataset"] == {"max_length": 24, "train_on": "all", "too_long": "drop"}
-    kept = {name: made["build_corpus"][name] for name in ("max_length", "overlap", "packing", "seed", "objective")}
-    assert kept == {"max_length": 24, "overlap": 5, "packing": False, "seed": 7, "objective": "masked"}
-    assert made["build_corpus"]["first_position"] == model.network.config.pad_token_id + 1
+    corpus = made.pop("build_corpus")
+    kept = {name: corpus[name] for name in ("max_length", "overlap", "packing", "seed", "objective", "mask_frac")}
+    wanted = {"max_length": 24, "overlap": 5, "packing": False, "seed": 7, "objective": "masked"}
+    assert kept == wanted | {"mask_frac": 0.4}
+    assert corpus["first_position"] == model.network.config.pad_token_id + 1
+    make_task("text", dataclasses.replace(settings, packing=True)).dataset([], model, [], held_out=True)
+    held_out = made["build_corpus"]
+    assert {name: held_out[name] for name in kept} == wanted | {"mask_frac": 0.15}, "scores stay comparable"
 
 
 def test_a_decoder_is_told_to_be_second_best_for_tags(bases, tmp_path, caplog, one_thread):
