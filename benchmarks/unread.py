@@ -1,10 +1,11 @@
 """Is a fact learnt that was only read? The leaflets first and the questions afterwards, against the questions alone.
 
-    python benchmarks/unread.py [--epochs-reading 12] [--strategy top:2] [--seeds 3]
+    python benchmarks/unread.py [--model tiny-encoder] [--epochs-reading 12] [--strategy top:2] [--seeds 3]
 
 Twelve products of the house pharmacy occur in leaflets and in no training question. The base reads all leaflets but
 forty, which tell when it has read enough; then it is tuned on the questions about the other products, with the lower
-blocks frozen unless told otherwise: what reading has put there stays. Beside it the same tune from the base itself.
+blocks frozen unless told otherwise: what reading has put there stays. With --read the model that has read is kept in
+that folder, and is not made again where it is found there. Beside it the same tune from the base itself.
 Both answer the test of `pharmacy-unread`, about nine of the twelve, half of it about pairs that a leaflet states, and
 the pharmacy's own test. The differences are paired, over all seeds.
 """
@@ -32,6 +33,8 @@ def texts(split: str) -> Rows:
 
 def read_leaflets(arguments: argparse.Namespace, out: Path) -> Path:
     "Let the base read, say what that brought and cost, and return the model's folder."
+    if (out / "model").is_dir():
+        return out / "model"
     started, leaflets = time.monotonic(), texts("train")
     run = finetune(
         leaflets[N_HELD_BACK:],
@@ -41,7 +44,8 @@ def read_leaflets(arguments: argparse.Namespace, out: Path) -> Path:
         model=arguments.model,
         epochs=arguments.epochs_reading,
         batch_size=8,
-        lr=arguments.lr,
+        lr=arguments.lr_reading,
+        mask_frac=arguments.mask_frac,
         out=out,
         callbacks=(),
     )
@@ -63,6 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--epochs-reading", type=int, default=12)
+    parser.add_argument("--lr-reading", type=float, default=1e-3)
+    parser.add_argument(
+        "--mask-frac", type=float, default=0.15, help="share of the tokens that an encoder is asked for"
+    )
+    parser.add_argument("--read", type=Path, help="folder in which the model that has read is kept")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--strategy", default="top:2")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -83,12 +92,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         starts = {
             "questions alone": arguments.model,
-            "leaflets first": read_leaflets(arguments, Path(scratch) / "read"),
+            "leaflets first": read_leaflets(arguments, arguments.read or Path(scratch) / "read"),
         }
-        right = {
-            how: [tuned(model, sets, seed, arguments) for seed in range(arguments.seeds)]
-            for how, model in starts.items()
-        }
+        right: dict[str, list[dict[str, np.ndarray]]] = {how: [] for how in starts}
+        for seed in range(arguments.seeds):
+            for how, model in starts.items():
+                right[how].append(tuned(model, sets, seed, arguments))
+                print(f"seed {seed}, {how}: unread {right[how][-1]['unread'].mean():.1%}", flush=True)
     for part, (name, chosen) in parts.items():
         shares = {how: np.mean([found[name][chosen] for found in runs], axis=0) for how, runs in right.items()}
         said = ", ".join(f"{how} {share.mean():.1%}" for how, share in shares.items())
