@@ -84,6 +84,7 @@ def train(
     too_long: Annotated[str | None, typer.Option(help="error, drop_turns, cut_prompt, split or drop.")] = None,
     packing: Annotated[bool | None, typer.Option(help="Whether short texts share rows.")] = None,
     mask_frac: Annotated[float | None, typer.Option(help="Share of the tokens an encoder is asked for.")] = None,
+    mask_words: Annotated[bool | None, typer.Option(help="Whether whole words are hidden from it.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of a written answer at most.")] = None,
     no_repeat_ngram: Annotated[
         int | None, typer.Option(help="Tokens in a row no answer says twice; 0: no guard.")

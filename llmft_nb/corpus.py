@@ -23,7 +23,15 @@ import numpy as np
 from .core import UserError, get_logger, sha256_json, stream_seed, sync_folder, write_atomic
 from .data import TokenDataset, collate
 from .formats import counted
-from .packing import Piece, document_frame, document_pieces, mask_row, pack_pieces
+from llmft_nb.packing import (
+    Piece,
+    document_frame,
+    document_pieces,
+    mask_row,
+    mask_words_of_row,
+    pack_pieces,
+    spell_tokens,
+)
 from .streams import TextPart, TextStream, stream_texts
 from .tokens import NO_TARGET, check_max_length, typed_controls, windows
 
@@ -115,6 +123,7 @@ class CorpusDataset(TokenDataset):
         first_position: int = 0,  # Number of a document's first position; RoBERTa counts from pad_token_id + 1
         seed: int = 0,  # Of the masks
         mask_frac: float = 0.15,  # Share of the tokens that are masked
+        mask_words: bool = False,  # Whether whole words are, at all their places in a row
         temporary: Any = None,  # Held as long as the data set is, for a file that nobody keeps
     ) -> None:
         if not 0 < mask_frac <= 1:
@@ -124,13 +133,14 @@ class CorpusDataset(TokenDataset):
         self.audit, self.seed, self.mask_frac = audit, seed, mask_frac
         special = set(tokenizer.all_special_ids)
         self.ordinary_ids = np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
+        self.spelling = spell_tokens(tokenizer) if mask_words and not self.causal else None
         self.temporary, self._digest = temporary, ""
 
     @property
     def fingerprint(self) -> str:  # 64 hexadecimal digits; the same for the same tokens and masks
         "What a resumed run must find unchanged."
         if not self._digest:
-            masks = [] if self.causal else [self.seed, self.mask_frac]
+            masks = [] if self.causal else [self.seed, self.mask_frac, *(["words"] if self.spelling else [])]
             self._digest = sha256_json([super().fingerprint, self.objective, *masks])
         return self._digest
 
@@ -145,7 +155,11 @@ class CorpusDataset(TokenDataset):
         drawn = []
         for index, row in zip(indices, rows, strict=True):
             labels, seed = np.asarray(row), stream_seed(self.seed, "mask", epoch, int(index))
-            chosen, shown = mask_row(labels, seed, self.tokenizer.mask_token_id, self.ordinary_ids, self.mask_frac)
+            mask_id, frac = self.tokenizer.mask_token_id, self.mask_frac
+            if self.spelling:
+                chosen, shown = mask_words_of_row(labels, seed, mask_id, self.spelling, frac)
+            else:
+                chosen, shown = mask_row(labels, seed, mask_id, self.ordinary_ids, frac)
             drawn.append((chosen, shown, labels[chosen]))
         return drawn
 
@@ -339,6 +353,7 @@ def build_corpus(
     first_position: int = 0,  # Number of a document's first position; RoBERTa counts from pad_token_id + 1
     seed: int = 0,  # Of the masks
     mask_frac: float = 0.15,  # Share of the tokens that are masked
+    mask_words: bool = False,  # Whether whole words are, at all their places in a row
 ) -> CorpusDataset:  # Mapped from disk
     "Make a data set of texts without labels."
     from datasets import Dataset
@@ -361,5 +376,6 @@ def build_corpus(
     audit = kept_audit(folder)
     assert audit is not None, folder
     options: dict[str, Any] = {"objective": objective, "first_position": first_position, "seed": seed}
+    options |= {"mask_frac": mask_frac, "mask_words": mask_words}
     table = Dataset.from_file(str(folder / "rows.arrow"))
-    return CorpusDataset(table, tokenizer, audit, mask_frac=mask_frac, temporary=temporary, **options)
+    return CorpusDataset(table, tokenizer, audit, temporary=temporary, **options)

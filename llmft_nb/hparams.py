@@ -37,6 +37,7 @@ class TrainSettings:
     too_long: str = "error"  # Conversations over the limit: "error", "drop_turns", "cut_prompt", "split" or "drop"
     packing: bool = True  # Whether short texts share rows
     mask_frac: float = 0.15  # Share of the tokens that a model which reads to both sides is asked for, in training
+    mask_words: bool = False  # Whether it is asked for whole words, hidden at all their places in a row
     max_new_tokens: int = 128  # Tokens of a written answer at most
     no_repeat_ngram: int = 0  # Tokens in a row that a written answer may not say twice; 0: no guard
     n_written: int = 200  # Test rows for which answers are written
@@ -58,8 +59,9 @@ class TrainSettings:
                 raise UserError(
                     "unknown choice", where=f"{name} {getattr(self, name)}", mend=f"choose {', '.join(choices)}"
                 )
-        if not isinstance(self.packing, bool):
-            raise UserError("neither true nor false", where=f"packing {self.packing!r}", mend="write true or false")
+        for name in ("packing", "mask_words"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError("neither true nor false", where=f"{name} {value!r}", mend="write true or false")
         if self.no_repeat_ngram == 1:
             raise UserError(
                 "no word could be said twice", where="no_repeat_ngram 1", mend="choose 0 (off), or 2 and more"

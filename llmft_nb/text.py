@@ -157,6 +157,7 @@ class TextTask(Task):
             first_position=int(config.pad_token_id or 0) + 1 if is_offset else 0,
             seed=self.settings.seed,
             mask_frac=TrainSettings.mask_frac if held_out else self.settings.mask_frac,
+            mask_words=self.settings.mask_words and not held_out,
         )
 
     cache_folder: str | Path | None = None  # Where tokenised texts are kept for the next time

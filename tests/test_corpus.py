@@ -21,7 +21,7 @@ from small import small_network, write_jsonl
 
 from llmft_nb.core import UserError, assets_folder
 from llmft_nb.corpus import CorpusDataset, build_corpus
-from llmft_nb.packing import Piece, document_pieces, mask_row, pack_pieces
+from llmft_nb.packing import Piece, document_pieces, mask_row, pack_pieces, spell_tokens
 from llmft_nb.rows import read_rows
 from llmft_nb.streams import N_DAMAGED, PART_CHARACTERS, TextPart, split_texts, stream_texts, text_rows
 from llmft_nb.tokens import NO_TARGET
@@ -338,6 +338,43 @@ def test_equal_rows_get_masks_of_their_own(encoder_tokenizer):
     corpus = build_corpus(texts, encoder_tokenizer, max_length=32, objective="masked", packing=False)
     drawn = {tuple(chosen.tolist()) for chosen, _, _ in corpus.masks(range(20))}
     assert len(drawn) > 15
+
+
+def test_hidden_words_are_hidden_everywhere(decoder_tokenizer):
+    tokenizer = decoder_tokenizer
+    letters, goes_on = spell_tokens(tokenizer)
+    line = "Codeine or Jorvelle: with codeine, Bramwick; with codeine, not Jorvelle. "
+    texts = [f"{i} {line * (1 + i % 3)}" for i in range(9)]
+    corpus = build_corpus(texts, tokenizer, max_length=64, objective="masked", mask_frac=0.4, mask_words=True)
+    n_cut = n_hidden = 0
+    for index, (chosen, shown, right) in enumerate(corpus.masks(range(len(corpus)), epoch=1)):
+        labels = np.array(corpus.tokens[index]["labels"])
+        places = np.flatnonzero(labels != NO_TARGET)
+        assert len(chosen) == max(1, round(0.4 * len(places))) and (np.diff(chosen) > 0).all()
+        assert set(shown.tolist()) == {tokenizer.mask_token_id} and (labels[chosen] == right).all()
+        words: dict[str, list[int]] = {}
+        for mention in np.split(places, [k for k in range(1, len(places)) if not goes_on[labels[places[k]]]]):
+            words.setdefault("".join(letters[labels[place]] for place in mention), []).extend(mention.tolist())
+        assert {"codeine", "jorvelle"} <= set(words), "a word is one whether it begins a sentence or not"
+        shares = [np.isin(where, chosen).mean() for where in words.values()]
+        n_hidden += sum(share == 1 for share in shares)
+        cut = sum(0 < share < 1 for share in shares)
+        assert cut <= 1, "only the last word may be hidden in part"
+        n_cut += cut
+    assert n_hidden > 3 * n_cut
+    plain = build_corpus(texts, tokenizer, max_length=64, objective="masked", mask_frac=0.4)
+    assert plain.fingerprint != corpus.fingerprint
+
+
+def test_pieces_that_go_on_with_a_word_are_known(encoder_tokenizer):
+    from transformers import BertTokenizer
+
+    letters, goes_on = spell_tokens(encoder_tokenizer)
+    ids = encoder_tokenizer("take 12", add_special_tokens=False)["input_ids"]
+    assert [(letters[token], goes_on[token]) for token in ids] == [("take", False), ("1", False), ("2", True)]
+    unmarked = BertTokenizer(vocab={word: i for i, word in enumerate([*SPECIAL, "take", "day"])})
+    with pytest.raises(UserError, match="does not mark where words begin"):
+        build_corpus(["day"], unmarked, max_length=32, objective="masked", mask_words=True)
 
 
 # Packed and alone

@@ -438,6 +438,7 @@ def test_rare_tags_can_be_balanced(bases, tmp_path, one_thread):
         ({"max_length": "128"}, "max_length 128"),
         ({"micro_batch_size": "8"}, "micro_batch_size 8"),
         ({"packing": "false"}, "neither true nor false"),
+        ({"mask_words": 1}, "neither true nor false"),
         ({"no_repeat_ngram": 1}, "no word could be said twice"),
     ],
 )
@@ -500,7 +501,7 @@ def test_settings_reach_the_rows(bases, monkeypatch):
     from llmft_nb.modeling import LLMForMaskedLM
 
     numbers = {"max_length": 24, "overlap": 5, "train_on": "all", "too_long": "drop", "packing": False, "seed": 7}
-    settings = TrainSettings(**numbers, mask_frac=0.4)
+    settings = TrainSettings(**numbers, mask_frac=0.4, mask_words=True)
     made: dict[str, dict[str, Any]] = {}
     for module, name in ((tag, "TagDataset"), (instruct, "InstructDataset"), (text, "build_corpus")):
         monkeypatch.setattr(module, name, lambda *_, key=name, **given: made.setdefault(key, given))
@@ -510,13 +511,18 @@ def test_settings_reach_the_rows(bases, monkeypatch):
     assert made["TagDataset"] == {"label_names": ["O", "B-place"], "max_length": 24, "overlap": 5}
     assert made["InstructDataset"] == {"max_length": 24, "train_on": "all", "too_long": "drop"}
     corpus = made.pop("build_corpus")
-    kept = {name: corpus[name] for name in ("max_length", "overlap", "packing", "seed", "objective", "mask_frac")}
+    kept = {
+        name: corpus[name]
+        for name in ("max_length", "overlap", "packing", "seed", "objective", "mask_frac", "mask_words")
+    }
     wanted = {"max_length": 24, "overlap": 5, "packing": False, "seed": 7, "objective": "masked"}
-    assert kept == wanted | {"mask_frac": 0.4}
+    assert kept == wanted | {"mask_frac": 0.4, "mask_words": True}
     assert corpus["first_position"] == model.network.config.pad_token_id + 1
     make_task("text", dataclasses.replace(settings, packing=True)).dataset([], model, [], held_out=True)
     held_out = made["build_corpus"]
-    assert {name: held_out[name] for name in kept} == wanted | {"mask_frac": 0.15}, "scores stay comparable"
+    assert {name: held_out[name] for name in kept} == wanted | {"mask_frac": 0.15, "mask_words": False}, (
+        "scores stay comparable"
+    )
 
 
 def test_a_decoder_is_told_to_be_second_best_for_tags(bases, tmp_path, caplog, one_thread):
