@@ -21,7 +21,7 @@ from small import small_network, write_jsonl
 
 from llmft_nb.core import UserError, assets_folder
 from llmft_nb.corpus import CorpusDataset, build_corpus
-from llmft_nb.packing import Piece, document_pieces, mask_row, pack_pieces, spell_tokens
+from llmft_nb.packing import Piece, document_pieces, mask_row, mask_words_of_row, pack_pieces, spell_tokens
 from llmft_nb.rows import read_rows
 from llmft_nb.streams import N_DAMAGED, PART_CHARACTERS, TextPart, split_texts, stream_texts, text_rows
 from llmft_nb.tokens import NO_TARGET
@@ -353,7 +353,8 @@ def test_hidden_words_are_hidden_everywhere(decoder_tokenizer):
         assert len(chosen) == max(1, round(0.4 * len(places))) and (np.diff(chosen) > 0).all()
         assert set(shown.tolist()) == {tokenizer.mask_token_id} and (labels[chosen] == right).all()
         words: dict[str, list[int]] = {}
-        for mention in np.split(places, [k for k in range(1, len(places)) if not goes_on[labels[places[k]]]]):
+        begins = [place == 0 or not goes_on[labels[place]] or labels[place - 1] == NO_TARGET for place in places]
+        for mention in np.split(places, np.flatnonzero(begins)[1:]):
             words.setdefault("".join(letters[labels[place]] for place in mention), []).extend(mention.tolist())
         assert {"codeine", "jorvelle"} <= set(words), "a word is one whether it begins a sentence or not"
         shares = [np.isin(where, chosen).mean() for where in words.values()]
@@ -364,6 +365,13 @@ def test_hidden_words_are_hidden_everywhere(decoder_tokenizer):
     assert n_hidden > 3 * n_cut
     plain = build_corpus(texts, tokenizer, max_length=64, objective="masked", mask_frac=0.4)
     assert plain.fingerprint != corpus.fingerprint
+
+
+def test_no_word_goes_on_from_one_document_to_the_next():
+    labels = np.array([0, NO_TARGET, 1, 0, 0])  # "x", an end, "y" without a mark, "x" twice
+    spelling = (["x", "y"], [False, True])
+    asked = {tuple(mask_words_of_row(labels, seed, 4, spelling, 0.25)[0].tolist()) for seed in range(20)}
+    assert asked == {(0,), (2,)}
 
 
 def test_pieces_that_go_on_with_a_word_are_known(encoder_tokenizer):
