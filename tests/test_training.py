@@ -339,6 +339,7 @@ def test_bf16_where_asked_for(small_model: Path) -> None:
         kinds.append((set(seen), [loss for _, loss in result.losses]))
     assert [seen for seen, _ in kinds] == [{torch.float32}, {torch.bfloat16}]
     assert kinds[0][1] != kinds[1][1]
+    assert kinds[0][1][0] == pytest.approx(kinds[1][1][0], rel=0.005)  # Before the first step
     assert kinds[0][1] == pytest.approx(kinds[1][1], rel=0.02)
 
 
