@@ -15,7 +15,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,16 @@ def macro_f1(names: list[str]) -> Statistic:
         return np.nan_to_num(by_class).mean(axis=-1)
 
     return Statistic("macro F1", columns, of_means, (0.0, 1.0))
+
+
+def over_seeds(statistic: Statistic, n_seeds: int) -> Statistic:
+    "The mean of a score over seeds, whose counts of a row lie side by side."
+
+    def of_means(means: np.ndarray) -> np.ndarray:
+        return statistic.of_means(means.reshape(*means.shape[:-1], n_seeds, -1)).mean(axis=-1)
+
+    columns = tuple(f"{column}, seed {seed}" for seed in range(n_seeds) for column in statistic.columns)
+    return replace(statistic, columns=columns, of_means=of_means)
 
 
 def class_counts(answers: list[str] | np.ndarray, truth: list[str], names: list[str]) -> np.ndarray:
@@ -138,6 +148,7 @@ JOBS = {
 def measure(task: str, arguments: argparse.Namespace) -> None:
     "Every way of answering one task."
     job, found = JOBS[task](), dict[str, list[np.ndarray]]()
+    statistic = over_seeds(job.statistic, arguments.seeds)
     print(f"\n{task}: {arguments.rows} rows, {len(job.sets['test']):,} test rows, {arguments.seeds} seeds")
     for way in (*job.baselines, *arguments.models):
         started = time.monotonic()
@@ -150,11 +161,11 @@ def measure(task: str, arguments: argparse.Namespace) -> None:
                 options = {"lr": arguments.lr, "epochs": arguments.epochs, "batch_size": 16}
                 answers = job.tune(train, model=way, seed=seed, **options)
             found.setdefault(way, []).append(job.counts(answers))
-        score = resampled_score(np.mean(found[way], axis=0), job.statistic)
+        score = resampled_score(np.hstack(found[way]), statistic)
         print(f"  {way:<27} {score.describe()}  {time.monotonic() - started:.0f} s", flush=True)
     for model in arguments.models:
-        ours, counted = (np.mean(found[way], axis=0) for way in (model, "word counts"))
-        paired = paired_permutation(ours, counted, job.statistic)
+        ours, counted = (np.hstack(found[way]) for way in (model, "word counts"))
+        paired = paired_permutation(ours, counted, statistic)
         ends = f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
         print(f"  {model} minus word counts: {100 * paired.difference:+.1f} points {ends}, p = {paired.p_value:.2g}")
 
@@ -166,7 +177,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, help="one rate for all models (default: each model's own)")
     arguments = parser.parse_args()
     for task in arguments.tasks:
         measure(task, arguments)

@@ -34,6 +34,15 @@ def test_macro_f1_is_the_one_everybody_means() -> None:
     assert tasks.macro_f1(names).of_means(both)[1] == pytest.approx(0.8), "a class that never occurs counts as missed"
 
 
+def test_a_score_over_seeds_is_the_mean_of_theirs() -> None:
+    truth = ["a", "b"] * 20
+    counts = [tasks.class_counts([always] * 40, truth, ["a", "b"]).mean(axis=0) for always in "ab"]
+    statistic = tasks.over_seeds(tasks.macro_f1(["a", "b"]), n_seeds=2)
+    assert statistic.of_means(np.hstack(counts)) == pytest.approx(1 / 3), "two seeds that each say one thing only"
+    assert statistic.of_means(np.stack([np.hstack(counts)] * 5)).shape == (5,)
+    assert len(statistic.columns) == len(np.hstack(counts))
+
+
 def test_spans_become_tags() -> None:
     text = "May I mix Bramwick Duo, please, with zinc?"
     spans = [{"start": 10, "stop": 22, "label": "product"}, {"start": 37, "stop": 41, "label": "ingredient"}]
