@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['write_synced', 'write_manifest', 'remove_folder', 'save_checkpoint', 'verify_checkpoint', 'load_checkpoint', 'Found',
            'list_checkpoints', 'find_checkpoint', 'missing_best', 'checkpoint_name', 'rotate_checkpoints', 'set_aside',
-           'flatten_optimizer', 'restore_optimizer', 'check_fingerprint']
+           'flatten_optimizer', 'restore_optimizer', 'weights_of', 'load_weights', 'check_fingerprint']
 
 # %% ../nbs/06b_checkpoint.ipynb #ceac9b2c
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .core import FORMAT_VERSION, UserError, get_logger, sha256_file, sync_folder
 
@@ -252,6 +253,26 @@ def restore_optimizer(
         {**new, **old, "params": new["params"]} for new, old in zip(whole["param_groups"], state["groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+# %% ../nbs/06b_checkpoint.ipynb #6c643b8d
+def weights_of(
+    model: nn.Module,  # The bare model, not a wrapper for several processes
+    names: Collection[str],  # Of its weights
+) -> dict[str, torch.Tensor]:  # As a checkpoint names them, with their tensors
+    "The weights that a run moves, under the names they are saved by."
+    return {f"weights.{name}": weight.data for name, weight in model.named_parameters() if name in names}
+
+# %% ../nbs/06b_checkpoint.ipynb #3cab8a1a
+@torch.no_grad()
+def load_weights(
+    model: nn.Module,  # The bare model; changed in place
+    tensors: Mapping[str, torch.Tensor],  # As `weights_of` names them; others are left alone
+) -> None:
+    "Put saved weights back."
+    named = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name.startswith("weights."):
+            named[name.removeprefix("weights.")].copy_(tensor)
 
 # %% ../nbs/06b_checkpoint.ipynb #5e7b940d
 def check_fingerprint(

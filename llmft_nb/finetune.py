@@ -28,10 +28,11 @@ from .forgetting import general_texts, measure_forgetting
 from .hparams import TrainSettings, resolve_settings
 from .instruct import InstructTask
 from .modeling import TunableModel
+from .movement import compare_models, moved_record
 from .predict import Predictor, load_predictor, task_model_class
 from .report import write_report
 from .rows import read_rows
-from .runs import describe_environment, next_folder, prepare_folder, save_answers, save_model
+from .runs import describe_environment, keep_adapters, next_folder, prepare_folder, save_answers, save_model
 from .splits import Splits
 from .steps import make_accelerator
 from .strategy import parse_strategy
@@ -119,6 +120,7 @@ class Request:
     "What was asked for, understood and checked."
 
     folder: Path  # The run's folder
+    model: str | Path  # Catalogue name, folder or hub id
     settings: TrainSettings  # Every number
     origins: dict[str, str]  # Where each came from
     choices: dict[str, str]  # "task", "strategy", "init", and "prompt_template" and "system" where given
@@ -139,6 +141,7 @@ def check_request(
     if choices["task"] not in TASKS:
         raise UserError("unknown task", where=f"task {choices['task']}", mend=f"choose {', '.join(TASKS)}")
     strategy, _ = parse_strategy(choices["strategy"]), parse_init(choices["init"])
+    choices = choices | {"strategy": str(strategy)}
     model_lr = CATALOGUE[str(model)].lr if str(model) in CATALOGUE else None
     settings, origins = resolve_settings(
         strategy, task=choices["task"], model_lr=model_lr, config=config, arguments=arguments
@@ -150,7 +153,7 @@ def check_request(
     if earlier is not None:
         present = asdict(settings) | {name: value for name, value in choices.items() if name != "task"}
         check_fingerprint(earlier.settings, present, allow=["save_every"])
-    return Request(folder, settings, origins, choices, resume, earlier)
+    return Request(folder, model, settings, origins, choices, resume, earlier)
 
 # %% ../nbs/10a_finetune.ipynb #030afdf9
 def train_model(
@@ -171,6 +174,7 @@ def train_model(
         settings=settings,
         evaluate=evaluate,
         monitor=task.monitor,
+        strategy=request.choices["strategy"],
         stopping=EarlyStopping(settings.patience),
         folder=request.folder,
         callbacks=callbacks,
@@ -244,6 +248,10 @@ def carry_out(
     clock.start("6-7 train and validate")
     evaluate = task.evaluate(valid)
     result = train_model(model, train, task, request, evaluate, record, callbacks=callbacks, trackers=trackers)
+    fresh = task.build(request.model, splits, strategy=request.choices["strategy"], init=request.choices["init"])
+    moved = {"first": list(result.moved), "whole": moved_record(compare_models(model.network, fresh.network))}
+    del fresh
+    keep_adapters(model, folder)
     scores: dict[str, Any] = {"validation": validation_scores(evaluate, model, result, record.data["n_valid"])}
     clock.start("8 test")
     answers, guard = task.answers(model, splits.test), TestSplit(splits.test)
@@ -256,6 +264,7 @@ def carry_out(
     save_answers(folder, task.prediction_lines(splits.test, answers, before))
     save_model(model, folder)
     clock.start("")
+    record.model.update(moved=moved)
     record.data.update(task.data_record(splits)[0])  # Once more: texts are counted by going through them
     record = finish_record(record, scores, clock.seconds, guard.n_looks)
     write_record(folder, record)
@@ -270,7 +279,7 @@ def finetune(
     model: str | Path = "tiny",  # Catalogue name, folder, or hub id with an optional "@revision"
     valid: Any = None,  # Validation rows; None: the source's own, or 10 % carved from training
     test: Any = None,  # Test rows; None: the source's own, or 10 % carved from training
-    strategy: str = "full",  # "full", "top:K" or "head"
+    strategy: str = "full",  # As in 03_strategy, e.g. "full", "top:2" or "lora:16"
     init: str = "pretrained",  # "pretrained", "top:K" or "random"
     out: str | Path | None = None,  # The run's folder; None: the next number under "runs"
     columns: Mapping[str, str] | None = None,  # Their column names to ours, e.g. {"question": "text"}

@@ -21,6 +21,7 @@ from jinja2 import TemplateRuntimeError
 from markupsafe import Markup
 
 from .core import UserError, read_record, write_atomic
+from .movement import moved_words
 from llmft_nb.pages import (
     PLAIN_SCORES,
     SCORE_NAMES,
@@ -270,11 +271,12 @@ def page_values(
         "is_share": headline not in PLAIN_SCORES,
         "further": further_scores(scores["test"]) if scores.get("test") else [],
         "forgetting": scores.get("forgetting"),
+        "moved": moved_words((model.get("moved") or {}).get("whole", [])),
         "lines": score_lines(scores["test"], name) if scores.get("test") else [],
         "question": {"before": "", "after": "", "expected": "", **question} if question else None,
         "curve": Markup(curve_svg(run.get("metrics", []), headline)),
         "settings": {key: (value, record["origins"].get(key, "")) for key, value in settings.items()},
-        "model": flat_facts(model),
+        "model": flat_facts({key: value for key, value in model.items() if key != "moved"}),
         "data": flat_facts({key: value for key, value in data.items() if key != "notice"}),
         "environment": flat_facts({key: value for key, value in environment.items() if key != "command"}),
         "device": public_name(environment.get("device_name") or environment.get("device") or "", True),

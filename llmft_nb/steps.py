@@ -90,17 +90,20 @@ def make_accelerator(
     precision: str,  # "auto", "f32" or "bf16"
     trackers: Sequence[str] = (),  # Names of accelerate's trackers, e.g. "tensorboard"
     folder: Path | None = None,  # Where trackers write
+    opens_later: bool = False,  # Whether some weights that may move are closed at first
 ) -> Any:  # accelerate's Accelerator
     "Set up accelerate for this machine and every process of the run."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     resolved = probe_device().precision if precision == "auto" else precision
     mixed = "bf16" if resolved == "bf16" else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if opens_later else None
+    names = list(trackers) or None
     try:
-        return Accelerator(mixed_precision=mixed, log_with=list(trackers) or None, project_dir=folder)
+        return Accelerator(mixed_precision=mixed, log_with=names, project_dir=folder, kwargs_handlers=handlers)
     except (ImportError, ValueError) as error:
         raise UserError(
             str(error), where=f"trackers {', '.join(map(str, trackers))}", mend="install it, or leave it out"

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .adapters import apply_strategy, check_four_bit
 from .data import TokenDataset
 from .inference import row_losses
 from .objectives import perplexity
@@ -20,7 +21,7 @@ from .modeling import TunableModel, size_head
 from .predict import Predictor, answer_words, task_model_class
 from .rows import LeakReport, Rows, read_rows
 from .splits import CLASSIFY, Splits, TaskRows, describe_source, find_licence, find_notice, prepare_splits
-from .strategy import open_parts, parse_strategy
+from .strategy import parse_strategy
 from .weights import initialise, parse_init
 
 # %% ../nbs/09b_task.ipynb #0aeb9b7b
@@ -61,10 +62,14 @@ class Task:
         init: str,  # What starts at random
     ) -> TunableModel:  # Ready to train
         "Steps 2 to 5."
-        model = task_model_class(self.name, name).from_pretrained(name, seed=self.settings.seed)
+        chosen = parse_strategy(strategy)
+        check_four_bit(chosen, init)
+        model = task_model_class(self.name, name).from_pretrained(
+            name, seed=self.settings.seed, four_bit=chosen.kind == "qlora"
+        )
         self.fit_head(model, splits)
-        open_parts(model.network, parse_strategy(strategy))
         initialise(model, parse_init(init), self.settings.seed)
+        apply_strategy(model, chosen, self.settings.seed)
         return model
 
     def data_record(

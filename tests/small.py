@@ -49,6 +49,10 @@ def small_config(kind: str, vocab_size: int, **changes: Any) -> Any:
         "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 600},
         "Llama": plain | {"num_key_value_heads": 1},
         "Qwen3": plain | {"num_key_value_heads": 1, "head_dim": 16},
+        "Gemma": plain | {"num_key_value_heads": 1, "head_dim": 16},
+        "Mistral": plain | {"num_key_value_heads": 1},
+        "Phi": plain,
+        "Phi3": plain | {"num_key_value_heads": 1},
     }
     return getattr(transformers, f"{kind}Config")(**(wide | own[kind] | changes))
 

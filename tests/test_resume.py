@@ -77,23 +77,33 @@ class Ended:
 class Training:
     "Runs of one small model on the same rows; every call begins with a freshly loaded model."
 
-    def __init__(self, model: Path, rows: list[dict[str, Any]], valid: list[dict[str, Any]], **settings: Any) -> None:
-        self.model, self.rows, self.valid = model, rows, valid
+    def __init__(
+        self,
+        model: Path,
+        rows: list[dict[str, Any]],
+        valid: list[dict[str, Any]],
+        strategy: str = "full",
+        **settings: Any,
+    ) -> None:
+        self.model, self.rows, self.valid, self.strategy = model, rows, valid, strategy
         self.settings: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 3e-3, "save_every": 4}
         self.settings |= {"evals_per_epoch": 2, "precision": "f32"} | settings
         self.resumed_from = 0
 
     def run(self, folder: Path, *, resume: bool = False, callbacks: Any = (), **settings: Any) -> Ended:
+        from llmft_nb.adapters import apply_strategy
         from llmft_nb.checkpoint import load_checkpoint
         from llmft_nb.classify import make_evaluate
         from llmft_nb.data import TextDataLoader, TextDataset
         from llmft_nb.hparams import TrainSettings
         from llmft_nb.modeling import LLMForSequenceClassification
+        from llmft_nb.strategy import parse_strategy
         from llmft_nb.training import LLMTrainer
         from llmft_nb.validation import EarlyStopping
 
         chosen = TrainSettings(**(self.settings | settings))
         model = LLMForSequenceClassification.from_pretrained(self.model)
+        apply_strategy(model, parse_strategy(self.strategy))
         train = TextDataset(self.rows, model.tokenizer)
         valid = TextDataset(self.valid, model.tokenizer, label_names=train.label_names)
         trainer = LLMTrainer(
@@ -104,6 +114,7 @@ class Training:
             folder=folder,
             callbacks=callbacks,
             log_every=3,
+            strategy=self.strategy,
         )
         loader = TextDataLoader(train, batch_size=chosen.batch_size, shuffle=True, seed=chosen.seed)
         result = trainer.train(loader, resume=resume)
@@ -162,6 +173,17 @@ def test_resumed_after_every_step(step: int, training: Training, alone: Ended, t
     assert training.run(folder, resume=True) == alone
     saved = [saved for saved in (4, 8, 9, 12, 16, 18) if saved < step]
     assert training.resumed_from == (saved[-1] if saved else 0)
+
+
+@pytest.mark.parametrize("strategy", ["gradual", "head-then-full", "lora:2", "layers:block 1"])
+def test_resumed_whatever_moves(strategy: str, training: Training, tmp_path: Path) -> None:
+    "Saved while parts are closed, and after they have opened."
+    own = Training(training.model, training.rows, training.valid, strategy)
+    alone = own.run(tmp_path / "alone")
+    for step in (5, 9, 10, 17):
+        own.crash_at(tmp_path / f"run {step}", "on_step", step)
+        assert own.run(tmp_path / f"run {step}", resume=True) == alone
+        assert own.resumed_from > 0
 
 
 def test_killed_while_it_wrote_the_last_checkpoint(training: Training, alone: Ended, tmp_path: Path) -> None:

@@ -202,13 +202,15 @@ def test_dropout_is_off_where_frozen(save_small: Callable[..., Path]) -> None:
 # --- one step, however it is shared ---
 
 
-def tuned(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
+def tuned(
+    folder: Path, rows: list[dict[str, Any]], strategy: str = "full", **changes: Any
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     "Weights after plain gradient descent, and the losses of the steps."
     model = LLMForSequenceClassification.from_pretrained(folder)
     settings = plain_settings(**changes)
     loader = TextDataLoader(TextDataset(rows, model.tokenizer), batch_size=settings.batch_size, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    result = LLMTrainer(model, optimizer, settings, log_every=1).train(loader)
+    result = LLMTrainer(model, optimizer, settings, log_every=1, strategy=strategy).train(loader)
     return weights_of(model), [loss for _, loss in result.losses]
 
 
@@ -286,15 +288,16 @@ settings = TrainSettings(**asked["settings"])
 dataset = TextDataset(asked["rows"], model.tokenizer)
 loader = TextDataLoader(dataset, batch_size=settings.batch_size, shuffle=True)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-trainer = LLMTrainer(model, optimizer, settings, evaluate=make_evaluate(dataset), log_every=1, folder=asked["folder"])
+how = {"log_every": 1, "folder": asked["folder"], "strategy": asked["strategy"]}
+trainer = LLMTrainer(model, optimizer, settings, evaluate=make_evaluate(dataset), **how)
 result = trainer.train(loader)
 rank = os.environ.get("RANK", "0")
 save_file({name: weight.detach() for name, weight in model.named_parameters()}, f"{asked['out']}.{rank}.safetensors")
 """
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 3])
-def test_two_processes_are_one(micro_batch_size: int, small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("micro_batch_size", "strategy"), [(8, "full"), (3, "full"), (3, "gradual")])
+def test_two_processes_are_one(micro_batch_size: int, strategy: str, small_model: Path, tmp_path: Path) -> None:
     "17 rows in steps of 8: the last step has one row, fewer than there are processes."
     from safetensors.torch import load_file
 
@@ -302,7 +305,7 @@ def test_two_processes_are_one(micro_batch_size: int, small_model: Path, tmp_pat
     script = tmp_path / "several.py"
     script.write_text(SEVERAL, encoding="utf-8")
     settings = vars(plain_settings(class_weights="balanced", micro_batch_size=micro_batch_size))
-    asked = {"model": str(small_model), "rows": rows, "settings": settings}
+    asked = {"model": str(small_model), "rows": rows, "settings": settings, "strategy": strategy}
     asked |= {"out": str(tmp_path / "tuned"), "folder": str(tmp_path / "run")}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), json.dumps(asked)]
@@ -310,7 +313,7 @@ def test_two_processes_are_one(micro_batch_size: int, small_model: Path, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    alone, losses = tuned(small_model, rows, class_weights="balanced")
+    alone, losses = tuned(small_model, rows, strategy, class_weights="balanced")
     ranks = [load_file(f"{tmp_path / 'tuned'}.{rank}.safetensors") for rank in (0, 1)]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-5)

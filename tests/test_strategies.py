@@ -1,0 +1,220 @@
+"""Every strategy on every shape of model: what moves is what was asked, and nothing else, from first step to last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small import small_rows
+
+from llmft_nb import adapters
+from llmft_nb.adapters import apply_strategy, merge_adapters, save_adapters
+from llmft_nb.core import UserError
+from llmft_nb.data import TextDataLoader, TextDataset
+from llmft_nb.hparams import TrainSettings, parameter_groups
+from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
+from llmft_nb.movement import compare_models, fingerprint
+from llmft_nb.phases import plan_phases
+from llmft_nb.strategy import model_parts, open_parts, parse_strategy
+from llmft_nb.training import LLMTrainer
+
+ENCODERS = ("Bert", "Roberta", "DistilBert")
+DECODERS = ("GPT2", "Llama", "Qwen3", "Gemma", "Mistral", "Phi", "Phi3")
+KINDS = (*ENCODERS, *DECODERS)
+LABELS = ["fruit", "sea", "tool"]
+EVERYTHING = {"embeddings", "block 0", "block 1", "after blocks", "head"}
+MOVES = {  # Parts of which some weight may move; "after blocks" is empty in some shapes
+    "full": EVERYTHING,
+    "top:1": {"block 1", "after blocks", "head"},
+    "head": {"head"},
+    "layers:block 0": {"block 0", "head"},
+    "layers:embeddings": {"embeddings", "head"},
+    "gradual": EVERYTHING,
+    "head-then-full": EVERYTHING,
+    "lora:2": {"block 0", "block 1", "head"},
+    "dora:2@top:1": {"block 1", "head"},
+}
+
+
+def labelled(folder: Path, seed: int = 0) -> LLMForSequenceClassification:
+    "A classifier with its head sized."
+    model = LLMForSequenceClassification.from_pretrained(folder, seed=seed)
+    size_head(model, LABELS, seed=seed)
+    return model
+
+
+def train(model: TunableModel, strategy: str, **changes: Any) -> Any:
+    "Six steps on twelve rows."
+    dataset = TextDataset(small_rows(12), model.tokenizer)
+    plain: dict[str, Any] = {"epochs": 2, "batch_size": 4, "micro_batch_size": 4, "lr": 1e-3, "warmup_frac": 0.0}
+    settings = TrainSettings(**(plain | {"precision": "f32"} | changes))
+    loader = TextDataLoader(dataset, batch_size=4)
+    return LLMTrainer(model, settings=settings, strategy=strategy, callbacks=[], log_every=1).train(loader)
+
+
+@pytest.mark.parametrize("strategy", MOVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_moves_is_what_was_asked(kind: str, strategy: str, save_small: Callable[..., Path]) -> None:
+    folder = save_small(kind)
+    model, before = labelled(folder), labelled(folder)
+    for one in (model, before):
+        apply_strategy(one, parse_strategy(strategy))
+    result = train(model, strategy)
+    lines = compare_models(model.network, before.network)  # Raises where a frozen weight moved
+    there = {part.name for part in model_parts(before.network) if list(part.parameters())}
+    moves = MOVES[strategy] | ({"after blocks"} if kind == "Bert" and "ora:2" in strategy else set())  # Its pooler
+    assert {line.name for line in lines if line.n_moved} == moves & there
+    assert all(line.change is None or line.change > 0 for line in lines if line.n_moved)
+    moved_first = {part["name"] for part in result.moved[0]["parts"] if part["n_moved"]}
+    first = {"gradual": {"after blocks", "head"}, "head-then-full": {"head"}}.get(strategy, moves)
+    assert moved_first == first & there
+    names = {name for name, _ in before.named_parameters()}
+    assert not model.random_names & {name.removeprefix("network.") for name in names if "head" in name}
+
+
+@pytest.mark.parametrize("strategy", ["lora:2", "dora:2", "lora:2@top:1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_adapters_answer_the_same(
+    kind: str, strategy: str, save_small: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    folder, ids = save_small(kind), torch.tensor([[5, 6, 7, 8]])
+    model = labelled(folder)
+    at_first = model(ids).detach()
+    apply_strategy(model, parse_strategy(strategy))
+    assert torch.allclose(model(ids), at_first, atol=1e-6), "adapters begin where the base is"
+    train(model, strategy, lr=1e-2)
+    with_adapters = model(ids).detach()
+    assert (with_adapters - at_first).abs().max() > 1e-3
+    save_adapters(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match="merge_adapters"):
+        model.save_pretrained(tmp_path / "model")
+    merge_adapters(model)
+    model.save_pretrained(tmp_path / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float32)
+    base.config.pad_token_id = model.tokenizer.pad_token_id
+    others = {
+        "merged": model.eval(),
+        "saved": LLMForSequenceClassification.from_pretrained(tmp_path / "model"),
+        "through PEFT": PeftModel.from_pretrained(base, tmp_path / "adapter").eval(),
+    }
+    for name, other in others.items():
+        answer = other(ids)
+        logits = answer if isinstance(answer, torch.Tensor) else answer.logits
+        assert torch.allclose(logits, with_adapters, atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["Bert", "GPT2", "Llama", "Gemma"])
+def test_tied_embeddings_stay_with_the_embeddings(kind: str, save_small: Callable[..., Path]) -> None:
+    "A language model whose output matrix is its embeddings, and one with a matrix of its own."
+    head_of = LLMForMaskedLM if kind in ENCODERS else LLMForCausalLM
+    model = head_of.from_pretrained(save_small(kind))
+    network, embeddings = model.network, model.network.get_input_embeddings().weight
+    is_tied = network.get_output_embeddings().weight is embeddings
+    assert is_tied == (kind != "Llama")
+    open_parts(network, parse_strategy("top:1"))
+    assert not embeddings.requires_grad
+    assert network.get_output_embeddings().weight.requires_grad == (not is_tied)
+    phases = plan_phases(network, parse_strategy("gradual"), n_steps=100)
+    assert not any(weight is embeddings for weight in phases[0].weights)
+    apply_strategy(model, parse_strategy("lora:2"))
+    moving = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert moving and all("lora_" in name for name in moving), "a language model's head is no new one"
+
+
+def test_phases_open_at_their_steps(save_small: Callable[..., Path]) -> None:
+    model = labelled(save_small("Llama"))
+    apply_strategy(model, parse_strategy("gradual"))
+    result = train(model, "gradual", epochs=4, unfreeze_frac=0.75)  # 12 steps, four stages, nine of them to open
+    moved = [{part["name"] for part in line["parts"] if part["n_moved"]} for line in result.moved]
+    assert [line["step"] for line in result.moved] == [1, 4, 7, 10]
+    assert moved == [
+        {"after blocks", "head"},
+        {"block 1", "after blocks", "head"},
+        {"block 0", "block 1", "after blocks", "head"},
+        EVERYTHING,
+    ]
+
+
+def test_the_rate_begins_anew_when_the_body_opens(save_small: Callable[..., Path]) -> None:
+    rates: list[float] = []
+
+    class Note:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda state, *values: rates.append(values[0]["lr"]) if name == "on_step" else None
+
+    model = labelled(save_small("Llama"))
+    apply_strategy(model, parse_strategy("head-then-full"))
+    settings = TrainSettings(epochs=4, batch_size=4, lr=1e-3, warmup_frac=0.0, precision="f32", head_lr_factor=1.0)
+    loader = TextDataLoader(TextDataset(small_rows(12), model.tokenizer), batch_size=4)
+    LLMTrainer(model, settings=settings, strategy="head-then-full", callbacks=[Note()], log_every=1).train(loader)
+    assert rates == pytest.approx([1e-3 * (1 - step / 6) for step in range(6)] * 2)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_layer_wise_rates(kind: str, save_small: Callable[..., Path]) -> None:
+    model = labelled(save_small(kind))
+    groups = parameter_groups(model.network, TrainSettings(lr=1e-3, head_lr_factor=2.0, layer_decay=0.5))
+    rate_of = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    wanted = {"embeddings": 1.25e-4, "block 0": 2.5e-4, "block 1": 5e-4, "head": 2e-3}
+    for part in model_parts(model.network):
+        for weight in part.parameters() if part.name in wanted else ():
+            assert rate_of[id(weight)] == pytest.approx(wanted[part.name])
+    assert len(rate_of) == len(list(model.parameters()))
+
+
+def test_an_adapter_is_drawn_by_the_seed_alone(save_small: Callable[..., Path]) -> None:
+    def drawn(seed: int) -> dict[str, int]:
+        model = labelled(save_small("Llama"))
+        torch.rand(seed + 1)  # Wherever the global stream stands
+        apply_strategy(model, parse_strategy("lora:2"), seed)
+        return {name: fingerprint(weight) for name, weight in model.named_parameters() if "lora_A" in name}
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+@pytest.mark.parametrize(("found", "device", "what"), [(None, "cuda", "not installed"), (object(), "cpu", "CUDA")])
+def test_four_bits_are_refused_without_library_or_device(
+    found: Any, device: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(adapters, "probe_device", lambda: SimpleNamespace(kind=device))
+    with pytest.raises(UserError, match=what) as told:
+        adapters.check_four_bit(parse_strategy("qlora:4@top:1"))
+    assert "choose lora:4@top:1" in told.value.mend
+
+
+def test_a_layer_that_shares_its_weights_has_no_depth(save_small: Callable[..., Path]) -> None:
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "embedding_size": 16}
+    network = AlbertForSequenceClassification(AlbertConfig(vocab_size=50, num_hidden_layers=3, **shape))
+    with pytest.raises(UserError, match="layer_decay"):
+        parameter_groups(network, TrainSettings(layer_decay=0.5))
+    assert open_parts(network, parse_strategy("layers:attention")) == ["base", "head"]
+
+
+def test_best_weights_from_before_the_body_opened(save_small: Callable[..., Path]) -> None:
+    "The best step is the last of the head's own phase, so the body has to come back to where it began."
+    falling = iter([0.9, 0.5, 0.4, 0.3])
+    model, before = (labelled(save_small("Llama")) for _ in range(2))
+    settings = TrainSettings(epochs=4, batch_size=4, lr=1e-2, warmup_frac=0.0, precision="f32")
+    loader = TextDataLoader(TextDataset(small_rows(12), model.tokenizer), batch_size=4)
+    trainer = LLMTrainer(
+        model,
+        settings=settings,
+        strategy="head-then-full",
+        callbacks=[],
+        evaluate=lambda _: {"accuracy": next(falling)},
+    )
+    result = trainer.train(loader)
+    assert (result.best_step, len(result.moved)) == (3, 2)
+    apply_strategy(before, parse_strategy("head"))
+    lines = compare_models(model.network, before.network)  # Raises where the body is not what it was
+    assert {line.name for line in lines if line.n_moved} == {"head"}
