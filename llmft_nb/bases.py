@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'PAD_NAMES', 'END_NAMES', 'CatalogueModel', 'ModelSource', 'weight_files', 'read_licence', 'local_source',
-           'hub_source', 'find_model', 'mend_tokenizer', 'quiet_loading', 'load_tokenizer', 'describe_model']
+           'hub_source', 'find_model', 'model_languages', 'mend_tokenizer', 'quiet_loading', 'load_tokenizer',
+           'describe_model']
 
 # %% ../nbs/02a_bases.ipynb #a84cfb75
 import contextlib
@@ -154,6 +155,33 @@ def find_model(
             mend=f"give a model's folder, a hub id, or one of {', '.join(CATALOGUE)}",
         )
     return hub_source(hub_id, pinned or revision)
+
+# %% ../nbs/02a_bases.ipynb #02a0a001
+def model_languages(
+    source: ModelSource,  # Any model
+    timeout_s: float = 5.0,  # How long to wait for the hub
+) -> list[str]:  # Codes such as "en"; [] where its card names none, or the hub does not answer
+    "The languages a model's card names."
+    import yaml  # type: ignore[import-untyped]
+
+    if source.kind == "hub":
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().model_info(source.location, revision=source.revision or None, timeout=timeout_s)
+        except Exception:  # Whatever kept us from the hub, a run does not depend on it
+            return []
+        named = getattr(info.card_data, "language", None)
+    else:
+        card = Path(source.location) / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        try:
+            values = yaml.safe_load(front.group(1)) if front else None
+        except yaml.YAMLError:
+            values = None
+        named = values.get("language") if isinstance(values, dict) else None
+    return [str(one) for one in ([named] if isinstance(named, str) else named or [])]
 
 # %% ../nbs/02a_bases.ipynb #4c023b6b
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")

@@ -186,16 +186,24 @@ def chat(
 # %% ../nbs/10c_cli.ipynb #65621928
 @app.command()
 def models(
-    names: Annotated[list[str] | None, typer.Argument(help="Folders to show beside the catalogue.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Folders or hub ids beside the catalogue.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows with labels: what each model makes of them, untuned.")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="theirs=ours, e.g. question=text.")] = None,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
 ) -> None:
-    "Show the models at hand."
+    "Show the models at hand, or choose a base for some rows."
     with exit_statuses(as_json, log_level, debug):
         from llmft_nb.bases import CATALOGUE, describe_model, find_model
 
-        show_table([describe_model(find_model(name)) for name in [*CATALOGUE, *(names or [])]], as_json)
+        chosen = [*CATALOGUE, *(names or [])]
+        if data is None:
+            show_table([describe_model(find_model(name)) for name in chosen], as_json)
+        else:
+            from llmft_nb.choosing import compare_bases
+
+            show_table(compare_bases(chosen, data, columns=parse_columns(columns)), as_json)
 
 # %% ../nbs/10c_cli.ipynb #9928d213
 @app.command()

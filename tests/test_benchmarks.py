@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import knowledge  # noqa: E402
 import language  # noqa: E402
+import strategies  # noqa: E402
 import tasks  # noqa: E402
 import tunes  # noqa: E402
 
@@ -118,3 +119,39 @@ def test_measured_figures_say_what_with(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["lines"] == [{"rows": 100}] and found["date"].startswith("20")
     assert {"torch", "device", "threads"} <= set(found["environment"])
+
+
+def test_the_grid_draws_every_class_and_gives_each_epoch_its_updates() -> None:
+    rows = [{"text": f"row {i}", "label": "rare" if i == 7 else "common"} for i in range(600)]
+    few, again, other = (strategies.drawn(rows, 50, seed) for seed in (0, 0, 1))
+    assert few == again != other
+    assert {row["label"] for row in few} == {"rare", "common"}
+    distinct = {row["text"] for row in few}
+    assert len(distinct) == 50
+    assert len(few) % 50 == 0
+    assert len(few) >= strategies.UPDATES_AN_EPOCH * strategies.BATCH_SIZE > len(few) - 50
+    assert len(strategies.drawn(rows, 0, 0)) == 600
+
+
+def test_the_grid_marks_whom_nothing_shows_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, lines = np.arange(400) % 5 > 0, []
+    alike = np.roll(good, 1)  # As many right, others among them
+    common = {"task": "reviews", "model": "m", "name": "m", "rows": 50, "factor": 1.0, "lr": 1e-3, "n": 400}
+    common |= {"trained": 10, "train_s": 2.0, "peak_mb": 500, "cosine": 0.9, "valid": 0.5}
+    for strategy, right in {"full": good, "top:2": alike, "head": good & (np.arange(400) % 2 > 0)}.items():
+        packed = np.packbits(right).tobytes().hex()
+        for seed in (0, strategies.CHOOSING_SEED):
+            line = common | {"strategy": strategy, "seed": seed, "accuracy": float(right.mean()), "right": packed}
+            lines.append(json.dumps(line))
+    (tmp_path / "grid.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    strategies.show(argparse.Namespace(file=tmp_path / "grid.jsonl"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "MB" in line]
+    assert [(line[0], line[2:].split()[0]) for line in told] == [("*", "full"), ("*", "top:2"), (" ", "head")]
+    assert "80.0 %" in told[0]
+    assert "behind by 40.0 [" in told[2]
+
+
+def test_a_cell_in_the_file_is_not_run_again(tmp_path: Path) -> None:
+    cell = {"task": "reviews", "model": "m", "rows": 50, "strategy": "full", "seed": 0, "factor": 1.0}
+    (tmp_path / "grid.jsonl").write_text(json.dumps(cell | {"accuracy": 0.5}) + "\n", encoding="utf-8")
+    assert strategies.run_cell(cell | {"lr": 1.0}, tmp_path / "grid.jsonl")["accuracy"] == 0.5

@@ -131,6 +131,7 @@ Beside the next token every state is asked, through one linear map that is not k
 a classifier at the last token needs what was said, and not only what comes."""
 CARD = """---
 license: apache-2.0
+language: en
 ---
 
 # {name}
@@ -144,8 +145,8 @@ be fine-tuned on a laptop in minutes, and too small for anything else. Licence o
 {minutes:.0f} minutes on {device}, torch {torch}, finished {date}. Its token vectors begin as counted ones (which tokens
 stand near which, factorised){bent}, everything else at
 random, and every block begins by adding nothing.{told}
-Token vectors and head are one table (`tie_word_embeddings`): the strategy `head` of a language model moves that table,
-and with it what is read; `full` moves it once, not twice.{note}
+Token vectors and head are one table (`tie_word_embeddings`). Tuned as a language model, the strategies `head` and
+`top:K` leave that table still; where nothing else is in the head, `head` is refused. `full` moves it, once and not twice.{note}
 
 | step | training loss | held-out loss |
 | --- | --- | --- |

@@ -1,0 +1,118 @@
+"""Bases side by side: the costs of labels against transformers' own losses, on every shape, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small import small_rows, write_jsonl
+from test_mistakes import llmft
+
+from llmft_nb.choosing import compare_bases, label_costs, named_rows, probe_score, reading_facts, zero_shot_score
+from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM
+from llmft_nb.rows import Rows, read_rows
+
+LABELS = ["fruit", "sea", "a tool_of iron"]
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen3", "Gemma", "Bert", "Roberta", "DistilBert"])
+def test_costs_are_those_of_the_plain_loss(kind: str, save_small: Callable[..., Path]) -> None:
+    "Row by row and label by label, whatever shares their batch."
+    head_of = LLMForMaskedLM if kind in ("Bert", "Roberta", "DistilBert") else LLMForCausalLM
+    model = head_of.from_pretrained(save_small(kind))
+    texts = ["I saw the apple on the table", "a tide", ""]
+    costs = label_costs(model, texts, LABELS, batch_size=4)
+    assert costs.shape == (3, 3) and (costs > 0).all()
+    for i, text in enumerate(texts):
+        for j, (ids, places) in enumerate(named_rows(model, text, LABELS, 256)):
+            shown, labels = torch.tensor([ids]), torch.full((1, len(ids)), -100)
+            labels[0, places] = shown[0, places]
+            if model.kind == "MaskedLM":
+                shown[0, places] = model.tokenizer.mask_token_id
+            with torch.no_grad():
+                loss = model.network(input_ids=shown, labels=labels).loss.item()
+            assert costs[i, j] == pytest.approx(loss * len(places), rel=1e-4)
+
+
+def test_a_long_text_leaves_room_for_the_label(small_model: Path) -> None:
+    model = LLMForCausalLM.from_pretrained(small_model)
+    whole = [ids for ids, _ in named_rows(model, "again " * 500, LABELS, 40)]
+    assert {len(ids) for ids in whole} == {40}
+    short = [ids for ids, _ in named_rows(model, "again", LABELS, 40)]
+    endings = [ids[-len(named_rows(model, "", [name], 40)[0][1]) :] for ids, name in zip(whole, LABELS, strict=True)]
+    assert all(row[-len(ending) :] == ending for row, ending in zip(short, endings, strict=True))
+
+
+def test_what_a_label_costs_without_a_text_is_taken_off(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A label that is cheap whatever is asked must not win for that."
+    import numpy as np
+
+    from llmft_nb import choosing
+
+    rows = read_rows([{"text": f"text {i}", "label": "rare" if i % 2 else "common"} for i in range(10)])
+
+    def costs(model: object, texts: list[str], names: list[str], max_length: int) -> np.ndarray:
+        assert names == ["common", "rare"]
+        plain = np.array([[1.0, 9.0]] * len(texts))
+        told = np.array([[0.0, -1.0 if text.endswith(tuple("13579")) else 1.0] for text in texts])
+        return plain + (told if texts != [""] else 0.0)
+
+    monkeypatch.setattr(choosing, "label_costs", costs)
+    assert zero_shot_score(LLMForCausalLM.from_pretrained(small_model), rows, ["common", "rare"]).value == 1.0
+
+
+def test_a_probe_reads_off_what_is_there(small_model: Path) -> None:
+    "The class of a small row stands in one of its words, which even random features keep apart."
+    model = LLMForCausalLM.from_pretrained(small_model)
+    rows = read_rows(small_rows(240))
+    score = probe_score(model, rows.subset(range(180)), rows.subset(range(180, 240)))
+    assert score.value > 0.6 > 1 / 3
+
+
+def test_facts_of_reading(save_small: Callable[..., Path]) -> None:
+    from llmft_nb.bases import find_model
+
+    facts = reading_facts(
+        find_model(save_small("Bert", max_position_embeddings=16)), ["one two three"] * 3 + ["x " * 90]
+    )
+    assert (facts["context"], facts["cut"], facts["languages"]) == (16, 0.25, "not told")
+    assert facts["tokens_per_word"] >= 1 and facts["unknown"] == 0
+
+
+def test_the_command(small_model: Path, small_files: Path, tmp_path: Path) -> None:
+    told = llmft("models", small_model, "--data", small_files / "train.jsonl", "--json")
+    assert (told.status, told.err) == (0, "")
+    lines = json.loads(told.out)
+    assert [line["name"] for line in lines] == [
+        "tiny",
+        "tiny-encoder",
+        str(small_model),
+        "commonest answer",
+        "word counts",
+    ]
+    assert {line["context"] for line in lines[:3]} == {512, 600}
+    assert all("%" in line["zero_shot"] and "%" in line["probe"] for line in lines[:3])
+    several = write_jsonl(
+        tmp_path / "several.jsonl", [{"text": f"r {i}", "label": ["a", "b"][: 1 + i % 2]} for i in range(40)]
+    )
+    for data, needle in ((several, "several labels"), (tmp_path / "none.jsonl", "no such file")):
+        refused = llmft("models", "--data", data, "--json")
+        assert refused.status == 2 and needle in refused.error["what"]
+
+
+def test_rows_of_the_test_split_are_not_asked(monkeypatch: pytest.MonkeyPatch, small_model: Path) -> None:
+    from llmft_nb import choosing
+
+    asked: list[str] = []
+
+    def note(name: Path, train: Rows, rows: Rows, *_: object) -> dict[str, str]:
+        asked.extend(row["text"] for row in [*train, *rows])
+        return {}
+
+    monkeypatch.setattr(choosing, "candidate_line", note)
+    compare_bases([small_model], "pharmacy", n_train=50, n_asked=50)
+    test = {row["text"] for row in read_rows("pharmacy", split="test")}
+    assert len(asked) == 100 and not test & set(asked)
