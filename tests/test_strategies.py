@@ -21,6 +21,7 @@ from llmft_nb.movement import compare_models, fingerprint
 from llmft_nb.phases import plan_phases
 from llmft_nb.strategy import model_parts, open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
+from llmft_nb.weights import initialise, parse_init
 
 ENCODERS = ("Bert", "Roberta", "DistilBert")
 DECODERS = ("GPT2", "Llama", "Qwen3", "Gemma", "Mistral", "Phi", "Phi3")
@@ -218,3 +219,27 @@ def test_best_weights_from_before_the_body_opened(save_small: Callable[..., Path
     apply_strategy(before, parse_strategy("head"))
     lines = compare_models(model.network, before.network)  # Raises where the body is not what it was
     assert {line.name for line in lines if line.n_moved} == {"head"}
+
+
+@pytest.mark.parametrize(("strategy", "init"), [("lora:2", "random"), ("lora:2@top:1", "top:1"), ("gradual", "random")])
+def test_any_start_goes_with_any_strategy(
+    strategy: str, init: str, small_model: Path, small_files: Path, tmp_path: Path
+) -> None:
+    "Through the one call: what was drawn is the seed's, what is frozen stays as it was drawn."
+    from llmft_nb.finetune import finetune
+
+    options: dict[str, Any] = {"model": small_model, "epochs": 1, "batch_size": 16, "lr": 1e-3, "callbacks": []}
+    held_out = {name: small_files / f"{name}.jsonl" for name in ("valid", "test")}
+    run = finetune(
+        small_files / "train.jsonl", strategy=strategy, init=init, out=tmp_path / "run", **held_out, **options
+    )
+    drawn = labelled(small_model)
+    initialise(drawn, parse_init(init), seed=0)
+    tuned = LLMForSequenceClassification.from_pretrained(run.folder / "model")
+    moved = {line["name"] for line in run.record.model["moved"]["whole"] if line["n_moved"]}
+    assert moved == MOVES[strategy.replace("lora:2@", "dora:2@")]
+    if "embeddings" not in moved:
+        kept, was = (one.network.get_input_embeddings().weight for one in (tuned, drawn))
+        assert torch.equal(kept, was)
+    assert (run.folder / "adapter").is_dir() == strategy.startswith("lora")
+    assert not any("lora" in name for name, _ in tuned.named_parameters())
