@@ -481,6 +481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmft_nb.movement.compare_models': ('movement.html#compare_models', 'llmft_nb/movement.py'),
                                    'llmft_nb.movement.compare_weights': ('movement.html#compare_weights', 'llmft_nb/movement.py'),
                                    'llmft_nb.movement.fingerprint': ('movement.html#fingerprint', 'llmft_nb/movement.py'),
+                                   'llmft_nb.movement.moved_in_short': ('movement.html#moved_in_short', 'llmft_nb/movement.py'),
                                    'llmft_nb.movement.moved_record': ('movement.html#moved_record', 'llmft_nb/movement.py'),
                                    'llmft_nb.movement.moved_words': ('movement.html#moved_words', 'llmft_nb/movement.py')},
             'llmft_nb.near': { 'llmft_nb.near.MarksToBlanks': ('near.html#markstoblanks', 'llmft_nb/near.py'),

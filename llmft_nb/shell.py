@@ -200,6 +200,10 @@ def show_run(
     show_scores(test, "test ")
     if "forgetting" in record.scores:
         print(f"forgetting: {record.scores['forgetting']['words']}")
+    if record.model.get("moved"):
+        from llmft_nb.movement import moved_in_short
+
+        print(moved_in_short(record.model["moved"]["whole"]))
     if "question" in record.scores:
         question = record.scores["question"]
         print(f"{question['text']}\n  before: {question['before']}\n  after:  {question['after']}")
