@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from .core import UserError
 from .strategy import PHASED, Strategy, count_parts, part_weights, parts_or_base, set_modes
 
 # %% ../nbs/03b_phases.ipynb #3b000008
@@ -56,12 +55,7 @@ def plan_phases(
         if i < len(stages) - 1:
             weights = tuple(weight for name in names for weight in part_weights(network, parts[name]))
         phases[first_step] = Phase(first_step, names, weights, restarts=strategy.kind == "head-then-full")
-    if not all(phase.weights for phase in phases.values()):
-        raise UserError(
-            f"the head of {type(network).__name__} is its embedding matrix, so there is nothing to begin with",
-            where=f"strategy {strategy}",
-            mend="choose gradual, or full",
-        )
+    assert all(phase.weights for phase in phases.values()), "`open_parts` has seen to that"
     return list(phases.values())
 
 # %% ../nbs/03b_phases.ipynb #3b000013

@@ -273,20 +273,23 @@ def open_parts(
 ) -> list[str]:  # Names of the parts left open, wholly or in part
     "Let the parts a strategy names move, and freeze the others."
     assert strategy.kind not in ADAPTERS, "adapters are opened where they are made"
-    if strategy.kind in ("full", *PHASED):
-        network.requires_grad_(True)
-        return ["all"]
-    if strategy.kind == "layers":
+    first = Strategy("head") if strategy.kind == "head-then-full" else strategy
+    if first.kind in ("full", *PHASED):
+        opened = list(network.parameters())
+    elif first.kind == "layers":
         named = dict(network.named_parameters())
         opened = [named[name] for name in match_weights(network, strategy.pattern, str(strategy))] + label_head(network)
     else:
-        opened = [weight for part in parts_to_open(network, strategy) for weight in part_weights(network, part)]
+        opened = [weight for part in parts_to_open(network, first) for weight in part_weights(network, part)]
     if not opened:
         raise UserError(
             f"the head of {type(network).__name__} is its embedding matrix, used twice, so nothing is left to train",
             where=f"strategy {strategy}",
             mend="choose top:1, or full",
         )
+    if strategy.kind in ("full", *PHASED):
+        network.requires_grad_(True)
+        return ["all"]
     network.requires_grad_(False)
     for weight in opened:
         weight.requires_grad_(True)

@@ -220,9 +220,11 @@ def test_rows_of_another_task_are_refused(bases, tmp_path):
         assert not (tmp_path / f"{task}-{wrong}").exists()
 
 
-def test_a_tied_head_alone_cannot_be_trained(tmp_path):
+@pytest.mark.parametrize("strategy", ["head", "head-then-full"])
+def test_a_tied_head_alone_cannot_be_trained(strategy, tmp_path):
     with pytest.raises(UserError, match="used twice"):
-        finetune(instruct_rows(40), task="instruct", model="tiny", strategy="head", out=tmp_path / "run", epochs=1)
+        finetune(instruct_rows(40), task="instruct", model="tiny", strategy=strategy, out=tmp_path / "run", epochs=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_tasks_are_told_by_name():
