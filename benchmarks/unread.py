@@ -6,7 +6,9 @@
 Twelve products of the house pharmacy occur in leaflets and in no training question. The base reads all leaflets but
 forty, which tell when it has read enough; then it is tuned on the questions about the other products, with the lower
 blocks frozen unless told otherwise: what reading has put there stays. With --read the model that has read is kept in
-that folder, and is not made again where it is found there. Beside it the same tune from the base itself.
+that folder, and is not made again where it is found there. Beside it the same tune from the base itself. What reading
+cost is told on the package's general texts and, where `$LLMFT_DATA` names a folder of data sets, on held-out books and
+on its general texts.
 Both answer the test of `pharmacy-unread`, about nine of the twelve, half of it about pairs that a leaflet states, and
 the pharmacy's own test. The differences are paired, over all seeds.
 """
@@ -14,6 +16,7 @@ the pharmacy's own test. The differences are paired, over all seeds.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -22,8 +25,11 @@ import numpy as np
 from tunes import Rows, answers_of_tune, difference, right_of
 
 from llmft_nb.finetune import finetune
+from llmft_nb.forgetting import measure_forgetting
+from llmft_nb.predict import task_model_class
 from llmft_nb.rows import read_rows
 
+N_OTHERS, N_CHARACTERS = 60, 1200  # Texts of each kind that have nothing to do with leaflets, and how much of each
 N_HELD_BACK = 40  # Leaflets in wordings that are read elsewhere
 PATIENCE = 4  # Scorings of these without a gain, two an epoch, after which it has read enough
 
@@ -31,6 +37,20 @@ PATIENCE = 4  # Scorings of these without a gain, two an epoch, after which it h
 def texts(split: str) -> Rows:
     "Leaflets without their metadata."
     return [{"text": row["text"]} for row in read_rows("pharmacy-leaflets", split=split)]
+
+
+def other_texts() -> dict[str, list[str]]:
+    "Beginnings of held-out books, and of encyclopaedia and newspaper articles, where there is a folder of data sets."
+    if "LLMFT_DATA" not in os.environ:
+        return {}
+    folder, found = Path(os.environ["LLMFT_DATA"]), dict[str, list[str]]()
+    names = {"held-out books": ["pretrain/books_fiction.validation.jsonl"]}
+    names["general"] = ["general/wikitext2.validation.jsonl", "general/onestop_english.validation.jsonl"]
+    for kind, files in names.items():
+        rows = [row["text"] for file in files for row in read_rows(folder / file)]
+        chosen = np.linspace(0, len(rows) - 1, min(N_OTHERS, len(rows))).astype(int)
+        found[kind] = [rows[i][:N_CHARACTERS] for i in chosen]
+    return found
 
 
 def read_leaflets(arguments: argparse.Namespace, out: Path) -> Path:
@@ -57,6 +77,10 @@ def read_leaflets(arguments: argparse.Namespace, out: Path) -> Path:
     before, after = (score["perplexity"]["value"] for score in (test["baselines"][0], test))
     print(f"leaflets in new wordings: perplexity {before:.0f} to {after:.0f}; {time.monotonic() - started:.0f} s")
     print(run.record.scores["forgetting"]["words"], flush=True)
+    tuned = task_model_class("text", run.folder / "model").from_pretrained(run.folder / "model")
+    for kind, found in other_texts().items():
+        bill = measure_forgetting(arguments.model, tuned, tuned.tokenizer, found)
+        print(f"{kind}: {bill.describe()}", flush=True)
     return run.folder / "model"
 
 
