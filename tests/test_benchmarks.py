@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -155,3 +156,22 @@ def test_a_cell_in_the_file_is_not_run_again(tmp_path: Path) -> None:
     cell = {"task": "reviews", "model": "m", "rows": 50, "strategy": "full", "seed": 0, "factor": 1.0}
     (tmp_path / "grid.jsonl").write_text(json.dumps(cell | {"accuracy": 0.5}) + "\n", encoding="utf-8")
     assert strategies.run_cell(cell | {"lr": 1.0}, tmp_path / "grid.jsonl")["accuracy"] == 0.5
+
+
+def test_the_grid_in_small(small_model: Path, tmp_path: Path) -> None:
+    "Three trials of a rate, and one cell at the best of them."
+    command = [sys.executable, str(ROOT / "benchmarks" / "strategies.py")]
+    wanted = ["--model", str(small_model), "--tasks", "reviews", "--strategies", "head", "--rows", "50", "--seeds", "1"]
+    out = tmp_path / "grid.jsonl"
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "run", *wanted, "--out", str(out)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["factor"] for line in lines[:3]] == list(strategies.RATES)
+    best = max(lines[:3], key=lambda line: line["valid"])
+    assert len(lines) == 4 and lines[3]["factor"] == best["factor"] and lines[3]["rows"] == 50
+    assert lines[3]["trained"] == 2 * 32 and lines[3]["peak_mb"] > 100 and -1 <= lines[3]["cosine"] <= 1
+    shown = subprocess.run([*command, "show", str(out)], capture_output=True, text=True, timeout=300)
+    assert "reviews (near), 50 rows" in shown.stdout and "* head" in shown.stdout
