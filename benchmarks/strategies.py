@@ -1,8 +1,8 @@
 """The grid: every strategy × number of rows × distance from what the base has read, with its price.
 
-    python benchmarks/strategies.py run --tasks reviews pharmacy --out grid.jsonl
-    python benchmarks/strategies.py run --model MINILM --tasks sst2 banking pharmacy --out grid.jsonl
-    python benchmarks/strategies.py show grid.jsonl
+    python benchmarks/strategies.py run --tasks reviews pharmacy
+    python benchmarks/strategies.py run --model MINILM --tasks sst2 banking pharmacy
+    python benchmarks/strategies.py show
 
 Near are tasks of everyday language (`reviews`, plain reviews of the house pharmacy; `sst2`, sentences on films), far
 are those of a field (`pharmacy`, verdicts on pairs of products; `banking`, ten intents of banking77's). `sst2` and
@@ -10,9 +10,9 @@ are those of a field (`pharmacy`, verdicts on pairs of products; `banking`, ten 
 
 Equal terms: the same rows, drawn anew for each seed; the same number of updates; and for each strategy the best of
 three rates, a third of its default, the default and three times it, chosen on validation rows for 200 rows of a draw
-that is not used otherwise. A cell is a process of its own, so that its peak of memory is its own, and a line in the
-file; what is in the file already is not run again, so the command can be stopped and called again. A cell of the
-embedded encoder takes from ten seconds to two minutes on one core.
+that is not used otherwise. A cell is a process of its own, so that its peak of memory is its own, and a line in
+`strategies.jsonl` beside this file, or in the file of --out; what is there already is not run again, so the command can
+be stopped and called again. A cell of the embedded encoder takes from ten seconds to two minutes on one core.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ DISTANCE = {"reviews": "near", "sst2": "near", "pharmacy": "far", "banking": "fa
 RATES = (1 / 3, 1.0, 3.0)
 N_TO_CHOOSE, CHOOSING_SEED = 200, 100
 BATCH_SIZE, EPOCHS, UPDATES_AN_EPOCH = 16, 8, 25
+FILE = Path(__file__).with_suffix(".jsonl")  # What has been measured so far
 Cell = dict[str, Any]
 
 
@@ -134,7 +135,7 @@ def carry_out(cell: Cell, queue: Any) -> None:
 
 def run_cell(cell: Cell, out: Path) -> Cell:
     "A cell in a process of its own, unless the file has it."
-    key = ("task", "model", "rows", "strategy", "seed", "factor")
+    key = ("task", "name", "rows", "strategy", "seed", "factor")
     for line in read_lines(out) if out.is_file() else []:
         if all(line[name] == cell[name] for name in key):
             return line
@@ -146,7 +147,7 @@ def run_cell(cell: Cell, out: Path) -> Cell:
         child.join(0.2)
     if queue.empty():
         sys.exit(f"the cell ended with status {child.exitcode}: {cell}")
-    line = cell | queue.get()
+    line = {name: value for name, value in cell.items() if name != "model"} | queue.get()
     child.join()
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -211,10 +212,10 @@ def main() -> None:
     running.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     running.add_argument("--rows", type=int, nargs="+", default=[50, 200, 1000, 0], help="0: all there are")
     running.add_argument("--seeds", type=int, default=3)
-    running.add_argument("--out", type=Path, required=True)
+    running.add_argument("--out", type=Path, default=FILE)
     running.set_defaults(carry_out=run)
     showing = commands.add_parser("show", help="print the tables")
-    showing.add_argument("file", type=Path)
+    showing.add_argument("file", type=Path, nargs="?", default=FILE)
     showing.set_defaults(carry_out=show)
     arguments = parser.parse_args()
     arguments.carry_out(arguments)

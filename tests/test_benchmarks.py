@@ -137,7 +137,7 @@ def test_the_grid_draws_every_class_and_gives_each_epoch_its_updates() -> None:
 def test_the_grid_marks_whom_nothing_shows_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, lines = np.arange(400) % 5 > 0, []
     alike = np.roll(good, 1)  # As many right, others among them
-    common = {"task": "reviews", "model": "m", "name": "m", "rows": 50, "factor": 1.0, "lr": 1e-3, "n": 400}
+    common = {"task": "reviews", "name": "m", "rows": 50, "factor": 1.0, "lr": 1e-3, "n": 400}
     common |= {"trained": 10, "train_s": 2.0, "peak_mb": 500, "cosine": 0.9, "valid": 0.5}
     for strategy, right in {"full": good, "top:2": alike, "head": good & (np.arange(400) % 2 > 0)}.items():
         packed = np.packbits(right).tobytes().hex()
@@ -153,7 +153,7 @@ def test_the_grid_marks_whom_nothing_shows_behind(tmp_path: Path, capsys: pytest
 
 
 def test_a_cell_in_the_file_is_not_run_again(tmp_path: Path) -> None:
-    cell = {"task": "reviews", "model": "m", "rows": 50, "strategy": "full", "seed": 0, "factor": 1.0}
+    cell = {"task": "reviews", "name": "m", "rows": 50, "strategy": "full", "seed": 0, "factor": 1.0}
     (tmp_path / "grid.jsonl").write_text(json.dumps(cell | {"accuracy": 0.5}) + "\n", encoding="utf-8")
     assert strategies.run_cell(cell | {"lr": 1.0}, tmp_path / "grid.jsonl")["accuracy"] == 0.5
 
@@ -171,6 +171,7 @@ def test_the_grid_in_small(small_model: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["factor"] for line in lines[:3]] == list(strategies.RATES)
     best = max(lines[:3], key=lambda line: line["valid"])
+    assert not any(str(small_model.parent) in json.dumps(line) for line in lines)
     assert len(lines) == 4 and lines[3]["factor"] == best["factor"] and lines[3]["rows"] == 50
     assert lines[3]["trained"] == 2 * 32 and lines[3]["peak_mb"] > 100 and -1 <= lines[3]["cosine"] <= 1
     shown = subprocess.run([*command, "show", str(out)], capture_output=True, text=True, timeout=300)
