@@ -84,7 +84,7 @@ class Watch:
         named = dict(network.named_parameters())
         self.asked = {name for name, weight in named.items() if weight.requires_grad}
         self.closed = {name: fingerprint(weight) for name, weight in named.items() if name not in self.asked}
-        self.before = {name: named[name].detach().clone() for name in self.asked}
+        self.before = {name: named[name].detach().to("cpu", copy=True) for name in self.asked}
 
     def check(
         self,
