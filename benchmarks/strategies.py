@@ -12,7 +12,8 @@ Equal terms: the same rows, drawn anew for each seed; the same number of updates
 three rates, a third of its default, the default and three times it, chosen on validation rows for 200 rows of a draw
 that is not used otherwise. A cell is a process of its own, so that its peak of memory is its own, and a line in
 `strategies.jsonl` beside this file, or in the file of --out; what is there already is not run again, so the command can
-be stopped and called again. A cell of the embedded encoder takes from ten seconds to two minutes on one core.
+be stopped and called again. A cell of the embedded encoder takes from ten seconds to two minutes on one core. Seconds
+count only where nothing else ran; lines measured beside other work have none.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def show(arguments: argparse.Namespace) -> None:
             behind = "" if strategy == best else f"behind by {100 * paired.difference:.1f} [{100 * paired.low:.1f}, "
             behind += "" if strategy == best else f"{100 * paired.high:.1f}], p {paired.p_value:.3f}"
             mark = "*" if strategy == best or paired.p_value >= 0.05 else " "
-            seconds, peak = (np.median([line[key] for line in group]) for key in ("train_s", "peak_mb"))
+            timed = [line["train_s"] for line in group if line["train_s"] is not None] or [np.nan]
+            seconds, peak = np.median(timed), np.median([line["peak_mb"] for line in group])
             kept = np.mean([line["cosine"] for line in group if line["cosine"] is not None] or [np.nan])
             print(
                 f"{mark} {strategy:<15} {100 * right[strategy].mean():5.1f} %  {group[0]['trained']:>10,} weights"

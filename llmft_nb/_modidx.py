@@ -155,6 +155,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmft_nb.choosing.probe_score': ('choosing.html#probe_score', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.reading_facts': ('choosing.html#reading_facts', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.spread': ('choosing.html#spread', 'llmft_nb/choosing.py'),
+                                   'llmft_nb.choosing.texts_of': ('choosing.html#texts_of', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.zero_shot_score': ('choosing.html#zero_shot_score', 'llmft_nb/choosing.py')},
             'llmft_nb.classify': { 'llmft_nb.classify.ClassifyTask': ('classify.html#classifytask', 'llmft_nb/classify.py'),
                                    'llmft_nb.classify.ClassifyTask.before': ('classify.html#classifytask.before', 'llmft_nb/classify.py'),

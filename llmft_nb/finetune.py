@@ -248,7 +248,9 @@ def carry_out(
     clock.start("6-7 train and validate")
     evaluate = task.evaluate(valid)
     result = train_model(model, train, task, request, evaluate, record, callbacks=callbacks, trackers=trackers)
-    fresh = task.build(request.model, splits, strategy=request.choices["strategy"], init=request.choices["init"])
+    source = model.source  # Pinned: a branch of the hub may have moved meanwhile
+    name = f"{source.name}@{source.revision}" if source.kind == "hub" else request.model
+    fresh = task.build(name, splits, strategy=request.choices["strategy"], init=request.choices["init"])
     moved = {"first": list(result.moved), "whole": moved_record(compare_models(model.network, fresh.network))}
     del fresh
     keep_adapters(model, folder)

@@ -50,7 +50,7 @@ def plan_phases(
     stages, parts = opening_stages(network, strategy), {part.name: part for part in parts_or_base(network)}
     phases: dict[int, Phase] = {}
     for i, names in enumerate(stages):
-        first_step = round(i * unfreeze_frac * n_steps / (len(stages) - 1))
+        first_step = min(round(i * unfreeze_frac * n_steps / (len(stages) - 1)), n_steps - 1)
         weights = every
         if i < len(stages) - 1:
             weights = tuple(weight for name in names for weight in part_weights(network, parts[name]))

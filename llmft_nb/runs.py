@@ -18,7 +18,7 @@ from typing import Any
 
 from .adapters import merge_adapters, save_adapters
 from .checkpoint import remove_folder
-from .core import RunRecord, UserError, probe_device, read_record, write_atomic
+from .core import RunRecord, UserError, get_logger, probe_device, read_record, write_atomic
 from .modeling import TunableModel
 
 # %% ../nbs/09_runs.ipynb #b275e9f5
@@ -96,9 +96,13 @@ def keep_adapters(
     out: Path,  # The run's folder
 ) -> None:
     "Write the folder `adapter`, where a model has adapters; from here on it is an ordinary model."
-    if model.adapters is not None:
+    if model.adapters is None:
+        return
+    if model.random_names:  # Frozen and drawn at random: no base has them, so adapters alone are not the model
+        get_logger("runs").warning("no folder adapter: the base alone lacks %d weights", len(model.random_names))
+    else:
         write_folder(out / "adapter", lambda folder: save_adapters(model, folder))
-        merge_adapters(model)
+    merge_adapters(model)
 
 
 def save_model(

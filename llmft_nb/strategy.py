@@ -106,15 +106,15 @@ def find_blocks(
 ) -> tuple[str, nn.ModuleList]:  # The list's dotted name within the base model, and the list
     "The transformer blocks of a model, lowest first."
     base, config = network.base_model, network.config
-    n_layers = getattr(config, "num_hidden_layers", None)
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     found = [
         (name, module)
         for name, module in base.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
-    if not found:
+    if len(found) != 1:
         raise UserError(
-            f"{type(network).__name__} has no single list of {n_layers} blocks",
+            f"{type(network).__name__} has no single list of its {n_layers} blocks",
             why="its layers are shared or form two stacks, so 'the top K' has no plain meaning",
             mend="choose full or head",
         )
@@ -199,9 +199,12 @@ def count_parts(
     network: Any,  # A transformers model with a task head
 ) -> list[PartCount]:  # From the input to the output
     "Weights and trainable weights, part by part."
-    counts = []
+    counts, seen = [], set[int]()
     for part in parts_or_base(network):
-        weights = list(part.parameters())
+        weights = [
+            weight for weight in part.parameters() if id(weight) not in seen
+        ]  # A tied matrix is no part of the head
+        seen |= {id(weight) for weight in weights}
         n_trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
         counts.append(PartCount(part.name, sum(weight.numel() for weight in weights), n_trainable))
     return counts
@@ -215,7 +218,11 @@ def match_weights(
     "Which weights a pattern of names means."
     names = [name for name, _ in network.named_parameters()]
     named = {id(weight): name for name, weight in network.named_parameters()}
-    parts = {part.name: {named[id(weight)] for weight in part.parameters()} for part in parts_or_base(network)}
+    tied = {id(weight) for weight in network.get_input_embeddings().parameters()}
+    parts = {
+        part.name: {named[id(weight)] for weight in part.parameters() if part.name != "head" or id(weight) not in tied}
+        for part in parts_or_base(network)
+    }
     found: set[str] = set()
     for wanted in (piece.strip() for piece in pattern.split(",")):
         if wanted in parts:
@@ -307,7 +314,12 @@ def set_modes(
     if not any(weight.requires_grad for weight in base.parameters()):
         base.eval()
         return
-    for part in parts_or_base(network):
+    parts = parts_or_base(network)
+    inside = {module for part in parts for outer in part.modules for module in outer.modules()}
+    for module in base.modules():
+        if module not in inside:
+            module.training = False  # What lies around the parts may drop by itself
+    for part in parts:
         if not any(weight.requires_grad for weight in part.parameters()):
             for module in part.modules:
                 module.eval()

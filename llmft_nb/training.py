@@ -207,6 +207,7 @@ def run_fingerprint(
     own = {name: value for name, value in vars(run.trainer.settings).items() if name != "save_every"}
     own |= {"n_steps": run.state.n_steps, "rows": run.loader.dataset.fingerprint}
     own |= {"processes": run.accelerator.num_processes, "threads": torch.get_num_threads()}
+    own |= {"strategy": str(run.trainer.strategy)}
     own |= {"device": run.accelerator.device.type, "torch": str(torch.__version__)}
     return own | run.trainer.fingerprint
 

@@ -94,13 +94,30 @@ def test_the_command(small_model: Path, small_files: Path, tmp_path: Path) -> No
         "word counts",
     ]
     assert {line["context"] for line in lines[:3]} == {512, 600}
-    assert all("%" in line["zero_shot"] and "%" in line["probe"] for line in lines[:3])
+    assert ["%" in line["zero_shot"] for line in lines[:3]] == [True, True, False], "the folder has a base and no head"
+    assert all("%" in line["probe"] for line in lines)
     several = write_jsonl(
         tmp_path / "several.jsonl", [{"text": f"r {i}", "label": ["a", "b"][: 1 + i % 2]} for i in range(40)]
     )
     for data, needle in ((several, "several labels"), (tmp_path / "none.jsonl", "no such file")):
         refused = llmft("models", "--data", data, "--json")
         assert refused.status == 2 and needle in refused.error["what"]
+
+
+def test_a_typed_control_token_is_text(save_small: Callable[..., Path]) -> None:
+    model = LLMForMaskedLM.from_pretrained(save_small("Bert"))
+    mask = model.tokenizer.mask_token
+    assert all(model.tokenizer.mask_token_id not in ids for ids, _ in named_rows(model, f"a {mask} b", LABELS, 64))
+
+
+def test_a_second_text_is_read_everywhere_and_a_random_head_says_nothing(save_small: Callable[..., Path]) -> None:
+    rows = [
+        {"text": f"row {i}", "text_pair": f"it is {'good' if i % 2 else 'bad'}", "label": str(i % 2)}
+        for i in range(120)
+    ]
+    table = compare_bases([save_small("Bert")], rows)
+    assert table[0]["zero_shot"] == "–", "the folder has a base and no head"
+    assert table[-1]["name"] == "word counts" and table[-1]["probe"].startswith("100.0 %")
 
 
 def test_rows_of_the_test_split_are_not_asked(monkeypatch: pytest.MonkeyPatch, small_model: Path) -> None:

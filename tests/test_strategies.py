@@ -19,7 +19,7 @@ from llmft_nb.hparams import TrainSettings, parameter_groups
 from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.movement import compare_models, fingerprint
 from llmft_nb.phases import plan_phases
-from llmft_nb.strategy import model_parts, open_parts, parse_strategy
+from llmft_nb.strategy import count_parts, model_parts, open_parts, parse_strategy, set_modes
 from llmft_nb.training import LLMTrainer
 from llmft_nb.weights import initialise, parse_init
 
@@ -127,6 +127,74 @@ def test_tied_embeddings_stay_with_the_embeddings(kind: str, save_small: Callabl
     apply_strategy(model, parse_strategy("lora:2"))
     moving = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert moving and all("lora_" in name for name in moving), "a language model's head is no new one"
+
+
+def test_parts_of_a_tied_model_are_counted_once(save_small: Callable[..., Path]) -> None:
+    network = LLMForCausalLM.from_pretrained(save_small("GPT2")).network
+    counts = {count.name: count.n_weights for count in count_parts(network)}
+    assert sum(counts.values()) == sum(weight.numel() for weight in network.parameters())
+    assert counts["head"] == 0
+    with pytest.raises(UserError, match="no weight is called head"):
+        open_parts(network, parse_strategy("layers:head"))
+
+
+def test_two_stacks_have_no_top(save_small: Callable[..., Path]) -> None:
+    from transformers import BartConfig, BartForSequenceClassification
+
+    shape = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60}
+    network = BartForSequenceClassification(BartConfig(**shape, **heads))
+    with pytest.raises(UserError, match="no single list"):
+        open_parts(network, parse_strategy("top:1"))
+
+
+def test_what_is_frozen_is_still(save_small: Callable[..., Path]) -> None:
+    "Also where the container of the blocks drops by itself, as BioGPT's does with its embeddings."
+    from transformers import BioGptConfig, BioGptForSequenceClassification
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    network = BioGptForSequenceClassification(BioGptConfig(vocab_size=60, hidden_dropout_prob=0.5, **shape))
+    open_parts(network, parse_strategy("top:1"))
+    set_modes(network)
+    seen: list[torch.Tensor] = []
+    network.base_model.layers[1].register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    for _ in range(2):
+        network(torch.tensor([[5, 6, 7]]))
+    assert torch.equal(*seen)
+
+
+def test_a_weight_that_is_left_behind_is_told(
+    save_small: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    "An optimizer that holds all but the classifier trains, and the run says what it does not move."
+    model = labelled(save_small("Llama"))
+    body = [weight for name, weight in model.named_parameters() if "score" not in name]
+    loader = TextDataLoader(TextDataset(small_rows(12), model.tokenizer), batch_size=4)
+    settings = TrainSettings(epochs=1, batch_size=4, warmup_frac=0.0, precision="f32")
+    LLMTrainer(model, torch.optim.AdamW(body, lr=1e-3), settings, callbacks=[]).train(loader)
+    assert "1 of" in caplog.text and "score.weight" in caplog.text
+
+
+@pytest.mark.parametrize(("n_steps", "frac"), [(10, 1.0), (7, 0.97), (2, 1.0)])
+def test_everything_opens_before_the_end(n_steps: int, frac: float, save_small: Callable[..., Path]) -> None:
+    network = labelled(save_small("Llama")).network
+    open_parts(network, parse_strategy("gradual"))
+    phases = plan_phases(network, parse_strategy("gradual"), n_steps, frac)
+    assert phases[-1].first_step < n_steps and len(phases[-1].weights) == len(list(network.parameters()))
+
+
+def test_a_run_goes_on_under_its_own_strategy_only(save_small: Callable[..., Path], tmp_path: Path) -> None:
+    for strategy, resume in (("gradual", False), ("full", True)):
+        model = labelled(save_small("Llama"))
+        apply_strategy(model, parse_strategy(strategy))
+        loader = TextDataLoader(TextDataset(small_rows(12), model.tokenizer), batch_size=4)
+        settings = TrainSettings(epochs=1, batch_size=4, precision="f32")
+        trainer = LLMTrainer(model, settings=settings, strategy=strategy, folder=tmp_path / "run", callbacks=[])
+        if resume:
+            with pytest.raises(UserError, match="strategy: was gradual, now full"):
+                trainer.train(loader, resume=True)
+        else:
+            trainer.train(loader)
 
 
 def test_phases_open_at_their_steps(save_small: Callable[..., Path]) -> None:
@@ -241,5 +309,5 @@ def test_any_start_goes_with_any_strategy(
     if "embeddings" not in moved:
         kept, was = (one.network.get_input_embeddings().weight for one in (tuned, drawn))
         assert torch.equal(kept, was)
-    assert (run.folder / "adapter").is_dir() == strategy.startswith("lora")
+    assert not (run.folder / "adapter").exists(), "no base has what was drawn and stood still"
     assert not any("lora" in name for name, _ in tuned.named_parameters())
