@@ -146,7 +146,8 @@ be fine-tuned on a laptop in minutes, and too small for anything else. Licence o
 stand near which, factorised){bent}, everything else at
 random, and every block begins by adding nothing.{told}
 Token vectors and head are one table (`tie_word_embeddings`). Tuned as a language model, the strategies `head` and
-`top:K` leave that table still; where nothing else is in the head, `head` is refused. `full` moves it, once and not twice.{note}
+`top:K` leave that table still; where nothing else is in the head, `head` is refused. `full` moves it, once and not
+twice.{note}
 
 | step | training loss | held-out loss |
 | --- | --- | --- |
