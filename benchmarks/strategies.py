@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from language import rows_of
 from tunes import Rows, right_of, tuned
 
 from llmft_nb.report import read_lines
@@ -54,12 +55,6 @@ def shared(name: str) -> Rows:
     return list(read_rows(Path(os.environ["LLMFT_DATA"]) / name))
 
 
-def embedded(name: str, kind: str = "") -> dict[str, Rows]:
-    "The splits of an embedded set, or of its rows of one kind."
-    splits = {split: list(read_rows(name, split=split)) for split in ("train", "valid", "test")}
-    return {split: [row for row in rows if not kind or row["kind"] == kind] for split, rows in splits.items()}
-
-
 def banking() -> dict[str, Rows]:
     "Every eighth intent of banking77, ten of them, so that fifty rows can teach each; a tenth of training validates."
     train, test = (shared(f"banking77/{split}.jsonl") for split in ("train", "test"))
@@ -71,8 +66,8 @@ def banking() -> dict[str, Rows]:
 
 
 TASKS: dict[str, Callable[[], dict[str, Rows]]] = {
-    "reviews": lambda: embedded("pharmacy-reviews", "plain"),
-    "pharmacy": lambda: embedded("pharmacy"),
+    "reviews": lambda: rows_of("pharmacy-reviews:plain"),
+    "pharmacy": lambda: rows_of("pharmacy"),
     "sst2": lambda: {
         "train": shared("sst2/train.jsonl")[:4000],
         "valid": shared("sst2/train.jsonl")[4000:4300],

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .bases import CATALOGUE, ModelSource, find_model, load_tokenizer, model_languages
+from .bases import CATALOGUE, ModelSource, load_tokenizer, model_languages
 from .core import UserError
 from .data import TextDataset
 from .inference import pooled_features
@@ -164,11 +164,10 @@ def candidate_line(
     max_length: int = 256,  # Most tokens of a row
 ) -> dict[str, Any]:  # Facts and scores, by name
     "One candidate for some rows."
-    source = find_model(name)
-    texts = texts_of(train)
-    facts = reading_facts(source, texts, max_length)
-    max_length = min(max_length, facts["context"] or max_length)
     model = task_model_class("text", name).from_pretrained(name)
+    source = model.source
+    facts = reading_facts(source, texts_of(train), max_length)
+    max_length = min(max_length, facts["context"] or max_length)
     n_weights = sum(weight.numel() for weight in model.network.parameters())
     started_s = time.perf_counter()
     probe = probe_score(model, train, asked, max_length)
