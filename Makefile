@@ -11,8 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 METADATA := settings.ini setup.py pyproject.toml constraints.txt
-# torch's threads sleep while they wait for one another: spinning, they crawl as soon as another program wants a core
+# torch's threads look for work for some microseconds and then sleep; without it they crawl beside a busy program
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 1000
 # nbdev-export does nothing, silently, where IN_TEST is set
 UNSET := env -u IN_TEST
 

@@ -343,7 +343,9 @@ def top(
 # %% ../nbs/10c_cli.ipynb #fb39b5d2
 def main() -> None:
     "The entry point of the command `llmft`."
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Before torch is loaded: its threads read it once
+    if "OMP_WAIT_POLICY" not in os.environ:  # Before torch is loaded: its threads read it once
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's goes by this where both are there
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # Whatever the machine's language
     app()

@@ -127,7 +127,7 @@ def strategy_defaults(
 
 # %% ../nbs/04_hparams.ipynb #66d9af56
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "instruct": {"epochs": 3, "batch_size": 16, "max_length": 512, "head_lr_factor": 1.0, "no_repeat_ngram": 16},
+    "instruct": {"epochs": 2, "batch_size": 8, "max_length": 512, "head_lr_factor": 1.0, "no_repeat_ngram": 16},
     "text": {"epochs": 2, "batch_size": 16, "max_length": 256, "head_lr_factor": 1.0, "evals_per_epoch": 2},
 }
 

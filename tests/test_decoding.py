@@ -26,6 +26,7 @@ from llmft_nb.decoding import (
     stop_reasons,
     stream_tokens,
     text_pieces,
+    tokens_at_once,
 )
 
 KINDS = ["Llama", "Qwen3", "GPT2"]
@@ -76,6 +77,31 @@ def plain_loop(network: Any, prompt: Sequence[int], n_new: int, stops: Sequence[
 
 
 # Batches
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "Gemma", "Mistral"])
+def test_a_batch_holds_as_many_tokens_as_its_keys_and_values_allow(kind: str) -> None:
+    "The bytes of a token are counted in a cache that the model has really filled."
+    network = causal(kind)
+    with torch.no_grad():
+        layers = network(torch.arange(2, 22)[None], use_cache=True).past_key_values.layers
+    n_bytes = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values)) // 20
+    assert tokens_at_once(network, n_bytes=10_000 * n_bytes) == 10_000
+    assert tokens_at_once(network.half(), n_bytes=10_000 * n_bytes) == 20_000
+    assert tokens_at_once(network, n_bytes=0) == 4096
+
+
+def test_batches_follow_the_memory_unless_told(network: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def noted(lengths: Sequence[int], room: Sequence[int], batch_tokens: int) -> list[list[int]]:
+        sizes.append(batch_tokens)
+        return plan_batches(lengths, room, batch_tokens)
+
+    monkeypatch.setattr("llmft_nb.decoding.plan_batches", noted)
+    for n_tokens in (None, 300):
+        generate(network, tokenizer, random_prompts(4), max_new_tokens=2, batch_tokens=n_tokens)
+    assert sizes == [tokens_at_once(network), 300] and sizes[0] > 4096
 
 
 def test_batched_equals_the_plain_loop(network: Any, tokenizer: Any) -> None:

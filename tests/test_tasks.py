@@ -591,6 +591,31 @@ def test_only_the_last_answer_of_a_conversation_is_judged(finished, one_thread):
     assert one["n_targets"] == two["n_targets"] > 2
 
 
+@pytest.mark.parametrize(("n_most", "n_expected"), [(40, None), (3, 3)])
+def test_an_untuned_model_writes_no_longer_than_the_longest_answer(n_most, n_expected, bases, monkeypatch, one_thread):
+    from llmft_nb.decoding import generate
+    from llmft_nb.instruct import InstructTask, answer_of, longest_answer
+
+    task = InstructTask(TrainSettings(max_length=96, max_new_tokens=n_most, n_written=4))
+    splits = task.prepare(instruct_rows(40), None, None, columns=None, leaks="allow")
+    model = task.build(bases("Llama"), splits, strategy="full", init="pretrained")
+    asked = []
+
+    def noted(*given, max_new_tokens, **others):
+        asked.append(max_new_tokens)
+        return generate(*given, max_new_tokens=max_new_tokens, **others)
+
+    monkeypatch.setattr("llmft_nb.predict.generate", noted)
+    task.before(model, splits)
+    longest = longest_answer(model, splits.train)
+    answers = [model.tokenizer(answer_of(row), add_special_tokens=False)["input_ids"] for row in splits.train]
+    assert longest == max(len(ids) for ids in answers) + 1 < 40
+    assert asked == [n_expected or longest] * 2, "bare, and with examples"
+    asked.clear()
+    task.answers(model, splits.test)
+    assert asked == [n_most], "the tuned model has its whole room"
+
+
 def test_a_run_is_asked_with_its_own_settings(finished, one_thread, monkeypatch):
     "The guard, the stop tokens, the window and the end of a long text are the run's when it serves."
     import numpy as np
