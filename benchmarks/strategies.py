@@ -3,22 +3,24 @@
     python benchmarks/strategies.py run --tasks reviews pharmacy
     python benchmarks/strategies.py run --model MINILM --tasks sst2 banking pharmacy
     python benchmarks/strategies.py show
+    python benchmarks/strategies.py write llmft_nb/assets/measured/strategies.json
 
 Near are tasks of everyday language (`reviews`, plain reviews of the house pharmacy; `sst2`, sentences on films), far
 are those of a field (`pharmacy`, verdicts on pairs of products; `banking`, ten intents of banking77's). `sst2` and
 `banking` are read from the folder `$LLMFT_DATA`; MINILM is a folder of all-MiniLM-L6-v2.
 
 Equal terms: the same rows, drawn anew for each seed; the same number of updates; and for each strategy the best of
-three rates, a third of its default, the default and three times it, chosen on validation rows for 200 rows of a draw
-that is not used otherwise. A cell is a process of its own, so that its peak of memory is its own, and a line in
-`strategies.jsonl` beside this file, or in the file of --out; what is there already is not run again, so the command can
-be stopped and called again. A cell of the embedded encoder takes from ten seconds to two minutes on one core. Seconds
-count only where nothing else ran; lines measured beside other work have none.
+three rates, a third of its default, the default and three times it, chosen with 200 rows of a draw that is not used
+otherwise on up to 400 training rows left over by it. A cell is a process of its own, so that its peak of memory is its
+own, and a line in `strategies.jsonl` beside this file, or in the file of --out; what is there already is not run again,
+so the command can be stopped and called again. A cell of the embedded encoder takes from ten seconds to two minutes on
+one core. Seconds are kept where --idle says that nothing else runs: call it so with few cells, in a file of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,22 +29,24 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from language import rows_of
-from tunes import Rows, right_of, tuned
+from tunes import Rows, right_of, tuned, write_measured
 
 from llmft_nb.report import read_lines
-from llmft_nb.resampling import paired_permutation
+from llmft_nb.resampling import PairedDifference, holm, mean_score, paired_permutation, seeded_difference
 from llmft_nb.rows import read_rows
+from llmft_nb.task import plain_score
 
 STRATEGIES = ("full", "top:2", "head", "gradual", "head-then-full", "full+decay", "lora:16", "dora:16", "lora:16@top:2")
 DISTANCE = {"reviews": "near", "sst2": "near", "pharmacy": "far", "banking": "far"}
 RATES = (1 / 3, 1.0, 3.0)
-N_TO_CHOOSE, CHOOSING_SEED = 200, 100
+N_TO_CHOOSE, N_CHOOSING, CHOOSING_SEED = 200, 400, 100  # Rows to train on, rows to choose by
 BATCH_SIZE, EPOCHS, UPDATES_AN_EPOCH = 16, 8, 25
 FILE = Path(__file__).with_suffix(".jsonl")  # What has been measured so far
 Cell = dict[str, Any]
@@ -77,13 +81,18 @@ TASKS: dict[str, Callable[[], dict[str, Rows]]] = {
 }
 
 
-def drawn(rows: Rows, n_rows: int, seed: int) -> Rows:
-    "So many rows of a draw, every class among them, repeated until an epoch has its updates; 0 rows mean all."
+def drawn(rows: Rows, n_rows: int, seed: int) -> tuple[Rows, Rows]:
+    "So many rows of a draw, every class among them, and the rows left over; 0 rows mean all."
     order = list(rows)
     random.Random(seed).shuffle(order)  # noqa: S311 - no secret
     first = {row["label"]: row for row in reversed(order)}.values()
-    chosen = (list(first) + [row for row in order if all(row is not one for one in first)])[: n_rows or None]
-    return chosen * math.ceil(UPDATES_AN_EPOCH * BATCH_SIZE / len(chosen))
+    order = list(first) + [row for row in order if all(row is not one for one in first)]
+    return order[: n_rows or None], order[n_rows or len(order) :]
+
+
+def repeated(rows: Rows) -> Rows:
+    "Rows repeated until an epoch has its updates."
+    return rows * math.ceil(UPDATES_AN_EPOCH * BATCH_SIZE / len(rows))
 
 
 def settings_of(strategy: str) -> dict[str, Any]:
@@ -105,11 +114,11 @@ def default_lr(model: str, strategy: str) -> float:
 def carry_out(cell: Cell, queue: Any) -> None:
     "Run one cell and put what came of it into the queue."
     sets = TASKS[cell["task"]]()
-    sets["valid"] = sets["valid"][:200]
-    train = drawn(sets["train"], cell["rows"], cell["seed"])
+    train, left = drawn(sets["train"], cell["rows"], cell["seed"])
+    sets["valid"] = left[:N_CHOOSING] if cell["seed"] == CHOOSING_SEED else sets["valid"][:200]
     options = settings_of(cell["strategy"]) | {"model": cell["model"], "epochs": EPOCHS, "batch_size": BATCH_SIZE}
     started = time.monotonic()
-    with tuned(train, sets, lr=cell["lr"], seed=cell["seed"], **options) as run:
+    with tuned(repeated(train), sets, lr=cell["lr"], seed=cell["seed"], **options) as run:
         answers = [line["predicted"] for line in read_lines(run.folder / "test_predictions.jsonl")]
         record = run.record
     right = right_of(answers, sets["test"]).astype(bool)
@@ -143,12 +152,14 @@ def run_cell(cell: Cell, out: Path) -> Cell:
         child.join(0.2)
     if queue.empty():
         sys.exit(f"the cell ended with status {child.exitcode}: {cell}")
-    line = {name: value for name, value in cell.items() if name != "model"} | queue.get()
+    line = {name: value for name, value in cell.items() if name not in ("model", "idle")} | queue.get()
     child.join()
+    if not cell["idle"]:
+        line["train_s"] = line["process_s"] = None
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     shown = {name: line[name] for name in ("task", "rows", "strategy", "seed", "lr")}
-    print(f"{shown} {100 * line['accuracy']:.1f} %, {line['train_s']:.0f} s", flush=True)
+    print(f"{shown} valid {100 * line['valid']:.1f} %, test {100 * line['accuracy']:.1f} %", flush=True)
     return line
 
 
@@ -156,48 +167,111 @@ def run(arguments: argparse.Namespace) -> None:
     "Choose each strategy's rate, then run every cell that is missing."
     shared_name = Path(arguments.model).name if os.sep in arguments.model else arguments.model
     for task in arguments.tasks:
+        n_train = len(TASKS[task]()["train"])
+        numbers = sorted({n if n < n_train else 0 for n in arguments.rows}, key=lambda n: n or n_train)
         for strategy in arguments.strategies:
             plain = {"task": task, "model": arguments.model, "name": shared_name, "strategy": strategy}
+            plain["idle"] = arguments.idle
             lr = default_lr(arguments.model, strategy)
             trials = [
                 run_cell(plain | {"rows": N_TO_CHOOSE, "seed": CHOOSING_SEED, "factor": f, "lr": lr * f}, arguments.out)
                 for f in RATES
             ]
             best = max(trials, key=lambda line: line["valid"])["factor"]
-            for n_rows in arguments.rows:
+            for n_rows in numbers:
                 for seed in range(arguments.seeds):
                     cell = plain | {"rows": n_rows, "seed": seed, "factor": best, "lr": lr * best}
                     run_cell(cell, arguments.out)
 
 
 def right_rows(lines: Iterable[Cell]) -> np.ndarray:
-    "Share of the seeds with which each test row was answered right."
-    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(line["right"]), np.uint8))[: line["n"]] for line in lines]
-    return np.mean(bits, axis=0)
+    "Which test rows were answered right, 0 or 1, shape (seeds, rows)."
+    packed = [(np.frombuffer(bytes.fromhex(line["right"]), np.uint8), line["n"]) for line in lines]
+    return np.array([np.unpackbits(bits)[:n] for bits, n in packed], dtype=np.float64)
+
+
+def compared(best: np.ndarray, other: np.ndarray) -> PairedDifference:
+    "Two strategies over rows and seeds; with one seed over rows alone."
+    n_seeds = min(len(best), len(other))
+    if n_seeds < 2:
+        return paired_permutation(best[0], other[0])
+    return seeded_difference(best[:n_seeds], other[:n_seeds])
+
+
+def cells_of(file: Path) -> Iterator[tuple[tuple[str, str, int], dict[str, list[Cell]]]]:
+    "For each model, task and number of rows the cells of each strategy at its chosen rate."
+    lines = list(read_lines(file))
+    best: dict[tuple[str, str, str], Cell] = {}
+    for line in lines:
+        key = line["name"], line["task"], line["strategy"]
+        if line["seed"] == CHOOSING_SEED and (key not in best or line["valid"] > best[key]["valid"]):
+            best[key] = line
+    found: dict[tuple[str, str, int], dict[str, list[Cell]]] = {}
+    for line in lines:
+        chosen = best.get((line["name"], line["task"], line["strategy"]))
+        if line["seed"] != CHOOSING_SEED and chosen and line["factor"] == chosen["factor"]:
+            groups = found.setdefault((line["name"], line["task"], line["rows"]), {})
+            groups.setdefault(line["strategy"], []).append(line)
+    for key in sorted(found, key=lambda key: (*key[:2], key[2] or math.inf)):
+        ordered = {name: sorted(group, key=lambda line: line["seed"]) for name, group in found[key].items()}
+        yield key, {strategy: ordered[strategy] for strategy in STRATEGIES if strategy in ordered}
+
+
+def summaries(file: Path) -> Iterator[Cell]:
+    "For each model, task, number of rows and strategy what the seeds come to, beside the best of its kind."
+    for (name, task, n_rows), groups in cells_of(file):
+        right = {strategy: right_rows(group) for strategy, group in groups.items()}
+        best = max(right, key=lambda strategy: right[strategy].mean())
+        paired = {name: compared(right[best], right[name]) for name in groups if name != best}
+        p_values = dict(zip(paired, holm([one.p_value for one in paired.values()]), strict=True))
+        for strategy, group in groups.items():
+            timed = [line["train_s"] for line in group if line["train_s"] is not None]
+            kept = [line["cosine"] for line in group if line["cosine"] is not None]
+            yield {
+                "model": name,
+                "task": task,
+                "distance": DISTANCE[task],
+                "rows": n_rows,
+                "strategy": strategy,
+                "seeds": len(group),
+                "accuracy": plain_score(mean_score(right[strategy].mean(axis=0))),
+                "by_seed": right[strategy].mean(axis=1).tolist(),
+                "behind": None if strategy == best else asdict(paired[strategy]) | {"p_holm": p_values[strategy]},
+                "trained": group[0]["trained"],
+                "lr": group[0]["lr"],
+                "factor": group[0]["factor"],
+                "peak_mb": float(np.median([line["peak_mb"] for line in group])),
+                "train_s": float(np.median(timed)) if timed else None,
+                "cosine": float(np.mean(kept)) if kept else None,
+            }
 
 
 def show(arguments: argparse.Namespace) -> None:
-    "A table for each task and number of rows; whoever is not shown to be behind the best is marked."
-    lines = [line for line in read_lines(arguments.file) if line["seed"] != CHOOSING_SEED]
-    for name, task, n_rows in sorted({(line["name"], line["task"], line["rows"]) for line in lines}):
-        mine = [line for line in lines if (line["name"], line["task"], line["rows"]) == (name, task, n_rows)]
-        groups = {strategy: [line for line in mine if line["strategy"] == strategy] for strategy in STRATEGIES}
-        groups = {strategy: group for strategy, group in groups.items() if group}
-        right = {strategy: right_rows(group) for strategy, group in groups.items()}
-        best = max(right, key=lambda strategy: right[strategy].mean())
-        print(f"\n{name}, {task} ({DISTANCE[task]}), {n_rows or 'all'} rows, {mine[0]['n']} test rows")
-        for strategy, group in groups.items():
-            paired = paired_permutation(right[best], right[strategy])
-            behind = "" if strategy == best else f"behind by {100 * paired.difference:.1f} [{100 * paired.low:.1f}, "
-            behind += "" if strategy == best else f"{100 * paired.high:.1f}], p {paired.p_value:.3f}"
-            mark = "*" if strategy == best or paired.p_value >= 0.05 else " "
-            timed = [line["train_s"] for line in group if line["train_s"] is not None] or [np.nan]
-            seconds, peak = np.median(timed), np.median([line["peak_mb"] for line in group])
-            kept = np.mean([line["cosine"] for line in group if line["cosine"] is not None] or [np.nan])
+    "A table for each task and number of rows; whoever is not shown to be behind the best (Holm) is marked."
+    for key, group in itertools.groupby(
+        summaries(arguments.file), lambda line: (line["model"], line["task"], line["rows"])
+    ):
+        lines = list(group)
+        n_rows, first = key[2] or "all", lines[0]
+        print(f"\n{key[0]}, {key[1]} ({first['distance']}), {n_rows} rows, {first['accuracy']['n']} test rows")
+        for line in lines:
+            score, behind, words = line["accuracy"], line["behind"], ""
+            if behind:
+                words = f"behind by {100 * behind['difference']:.1f} [{100 * behind['low']:.1f}, "
+                words += f"{100 * behind['high']:.1f}], p {behind['p_holm']:.3f}"
+            mark = " " if behind and behind["p_holm"] < 0.05 else "*"
+            seconds = "" if line["train_s"] is None else f"  {line['train_s']:.0f} s"
+            kept = "" if line["cosine"] is None else f"  features {line['cosine']:.3f}"
             print(
-                f"{mark} {strategy:<15} {100 * right[strategy].mean():5.1f} %  {group[0]['trained']:>10,} weights"
-                f"  {seconds:5.0f} s  {peak:5.0f} MB  features {kept:.3f}  × {group[0]['factor']:.2g}  {behind}"
+                f"{mark} {line['strategy']:<15} {100 * score['value']:5.1f} % [{100 * score['low']:.1f}, "
+                f"{100 * score['high']:.1f}]  {line['trained']:>10,} weights  {line['peak_mb']:5.0f} MB{seconds}{kept}"
+                f"  rate {line['lr']:.1e} (× {line['factor']:.2g})  {words}"
             )
+
+
+def write(arguments: argparse.Namespace) -> None:
+    "What the lessons and the plan read."
+    write_measured(arguments.json, list(summaries(arguments.file)))
 
 
 def main() -> None:
@@ -210,10 +284,15 @@ def main() -> None:
     running.add_argument("--rows", type=int, nargs="+", default=[50, 200, 1000, 0], help="0: all there are")
     running.add_argument("--seeds", type=int, default=3)
     running.add_argument("--out", type=Path, default=FILE)
+    running.add_argument("--idle", action="store_true", help="nothing else runs: keep the seconds")
     running.set_defaults(carry_out=run)
     showing = commands.add_parser("show", help="print the tables")
     showing.add_argument("file", type=Path, nargs="?", default=FILE)
     showing.set_defaults(carry_out=show)
+    writing = commands.add_parser("write", help="write the tables as JSON")
+    writing.add_argument("json", type=Path)
+    writing.add_argument("file", type=Path, nargs="?", default=FILE)
+    writing.set_defaults(carry_out=write)
     arguments = parser.parse_args()
     arguments.carry_out(arguments)
 

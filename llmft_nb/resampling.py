@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'SPAN_F1', 'RATIO', 'PERPLEXITY', 'Statistic', 'f1_of_means', 'ratio_of_means', 'check_rows', 'fold_rows',
            'resampled_means', 'bca_ends', 'standard_errors', 'student_ends', 'bootstrap_interval', 'Interval',
            'resampled_score', 'mean_score', 'f1_score_interval', 'ratio_score', 'perplexity_score', 'PairedDifference',
-           'swaps', 'difference_of', 'paired_permutation', 'holm']
+           'swaps', 'difference_of', 'paired_permutation', 'seeded_difference', 'holm']
 
 # %% ../nbs/08b_resampling.ipynb #a43592a7
 import itertools
@@ -377,6 +377,36 @@ def paired_permutation(
     low, high = bootstrap_interval(np.hstack([table_a, table_b]), both, n_draws, seed=seed)
     better = statistic.higher_is_better
     return PairedDifference(statistic.name, n, len(half), p_value, value, low, high, better)
+
+# %% ../nbs/08b_resampling.ipynb #6a91c003
+def seeded_difference(
+    rows_a: np.ndarray,  # First way: score of each row with each seed, shape (S, N)
+    rows_b: np.ndarray,  # Second way, the same seeds and rows
+    name: str = "mean",  # What the score is called
+) -> PairedDifference:  # Mean difference, interval and p-value by Student's t, freedom by Welch (1947)
+    "Two ways of training compared over rows and seeds at once."
+    from scipy.stats import t as student_t
+
+    if rows_a.shape != rows_b.shape or rows_a.ndim != 2:
+        where = f"shapes {rows_a.shape} and {rows_b.shape}"
+        raise UserError("a paired test needs the same seeds and rows twice", where=where, mend="score both alike")
+    if min(rows_a.shape) < 2:
+        raise UserError(
+            "one says nothing of a spread", where=f"shape {rows_a.shape}", mend="give 2 seeds and rows, or more"
+        )
+    difference_SN = rows_a.astype(np.float64) - rows_b.astype(np.float64)
+    value = float(difference_SN.mean())
+    n_differ = int(np.any(difference_SN != 0, axis=0).sum())
+    parts = [
+        (means.var(ddof=1) / len(means), len(means) - 1) for means in (difference_SN.mean(0), difference_SN.mean(1))
+    ]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return PairedDifference(name, rows_a.shape[1], n_differ, float(value == 0), value, value, value)
+    law = student_t(variance**2 / sum(part**2 / freedom for part, freedom in parts))
+    half = float(law.ppf(0.975) * variance**0.5)
+    p_value = float(2 * law.sf(abs(value) / variance**0.5))
+    return PairedDifference(name, rows_a.shape[1], n_differ, p_value, value, value - half, value + half)
 
 # %% ../nbs/08b_resampling.ipynb #adfcbe73
 def holm(

@@ -4,7 +4,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,38 +126,89 @@ def test_measured_figures_say_what_with(tmp_path: Path) -> None:
 
 def test_the_grid_draws_every_class_and_gives_each_epoch_its_updates() -> None:
     rows = [{"text": f"row {i}", "label": "rare" if i == 7 else "common"} for i in range(600)]
-    few, again, other = (strategies.drawn(rows, 50, seed) for seed in (0, 0, 1))
-    assert few == again != other
+    (few, left), again, (other, _) = (strategies.drawn(rows, 50, seed) for seed in (0, 0, 1))
+    assert (few, left) == again and few != other
     assert {row["label"] for row in few} == {"rare", "common"}
-    distinct = {row["text"] for row in few}
-    assert len(distinct) == 50
-    assert len(few) % 50 == 0
-    assert len(few) >= strategies.UPDATES_AN_EPOCH * strategies.BATCH_SIZE > len(few) - 50
-    assert len(strategies.drawn(rows, 0, 0)) == 600
+    assert len({row["text"] for row in few}) == 50
+    assert sorted(row["text"] for row in few + left) == sorted(row["text"] for row in rows), "left over is what is left"
+    n_repeated = len(strategies.repeated(few))
+    assert n_repeated % 50 == 0
+    assert n_repeated >= strategies.UPDATES_AN_EPOCH * strategies.BATCH_SIZE > n_repeated - 50
+    everything, nothing = strategies.drawn(rows, 0, 0)
+    assert (len(everything), nothing) == (600, [])
+
+
+def grid_lines(ways: Mapping[str, np.ndarray], rows: int = 50) -> list[dict[str, Any]]:
+    "Lines of a grid: for each strategy a trial of its rate at 1 and at 3, and at 1 a cell for each seed of `ways`."
+    common = {"task": "reviews", "name": "m", "rows": rows, "lr": 1e-3, "trained": 10, "train_s": None, "cosine": 0.9}
+    common |= {"peak_mb": 500}
+    lines = []
+    for strategy, right_SN in ways.items():
+        packed = [np.packbits(right.astype(bool)).tobytes().hex() for right in right_SN]
+        common |= {"strategy": strategy, "n": right_SN.shape[1]}
+        for factor, valid in ((1.0, 0.7), (3.0, 0.6)):
+            trial = {"seed": strategies.CHOOSING_SEED, "factor": factor, "valid": valid, "right": packed[0]}
+            lines += [common | trial | {"rows": 200}]
+            lines += [common | trial | {"seed": seed, "right": bits} for seed, bits in enumerate(packed)]
+    return lines
+
+
+def written(lines: list[dict[str, Any]], file: Path) -> Path:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return file
 
 
 def test_the_grid_marks_whom_nothing_shows_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, lines = np.arange(400) % 5 > 0, []
-    alike = np.roll(good, 1)  # As many right, others among them
-    common = {"task": "reviews", "name": "m", "rows": 50, "factor": 1.0, "lr": 1e-3, "n": 400}
-    common |= {"trained": 10, "train_s": 2.0, "peak_mb": 500, "cosine": 0.9, "valid": 0.5}
-    for strategy, right in {"full": good, "top:2": alike, "head": good & (np.arange(400) % 2 > 0)}.items():
-        packed = np.packbits(right).tobytes().hex()
-        for seed in (0, strategies.CHOOSING_SEED):
-            line = common | {"strategy": strategy, "seed": seed, "accuracy": float(right.mean()), "right": packed}
-            lines.append(json.dumps(line))
-    (tmp_path / "grid.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    strategies.show(argparse.Namespace(file=tmp_path / "grid.jsonl"))
+    good = np.tile(np.arange(400) % 5 > 0, (3, 1))
+    alike = np.roll(good, 1, axis=1)  # As many right, others among them
+    ways = {"full": good, "top:2": alike, "head": good & (np.arange(400) % 2 > 0)}
+    file = written(grid_lines(ways), tmp_path / "grid.jsonl")
+    strategies.show(argparse.Namespace(file=file))
     told = [line for line in capsys.readouterr().out.splitlines() if "MB" in line]
     assert [(line[0], line[2:].split()[0]) for line in told] == [("*", "full"), ("*", "top:2"), (" ", "head")]
-    assert "80.0 %" in told[0]
+    assert "80.0 %" in told[0] and "behind" not in told[0]
     assert "behind by 40.0 [" in told[2]
+
+
+def test_the_grid_counts_the_luck_of_a_seed(tmp_path: Path) -> None:
+    "Ten points ahead on average, but thirty in one seed and none in the others: nothing is shown."
+    rows = np.arange(400)
+    usual, lucky = rows % 10 < 5, rows % 10 < 8
+    ways = {"full": np.array([lucky, usual, usual]), "head": np.array([usual, usual, usual])}
+    full, head = strategies.summaries(written(grid_lines(ways), tmp_path / "grid.jsonl"))
+    assert full["behind"] is None and full["by_seed"] == [0.8, 0.5, 0.5]
+    assert head["behind"]["difference"] == pytest.approx(0.1) and head["behind"]["p_holm"] > 0.3
+
+
+def test_the_grid_corrects_for_the_number_of_its_comparisons(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    ways = {name: (generator.random((3, 400)) < 0.6).astype(float) for name in strategies.STRATEGIES}
+    lines = list(strategies.summaries(written(grid_lines(ways), tmp_path / "grid.jsonl")))
+    behind = [line["behind"] for line in lines if line["behind"]]
+    assert len(behind) == len(ways) - 1
+    smallest = min(behind, key=lambda one: one["p_value"])
+    assert smallest["p_holm"] == pytest.approx(min(1.0, len(behind) * smallest["p_value"]))
+
+
+def test_the_grid_shows_cells_at_the_chosen_rate_alone(tmp_path: Path) -> None:
+    "A later trial may choose another rate; cells at the old one then do not count."
+    lines = grid_lines({"full": np.ones((2, 8))})
+    for line in lines:
+        if line["factor"] == 3.0 and line["seed"] != strategies.CHOOSING_SEED:
+            line["right"] = "00"
+    found = {}
+    for valid in (0.6, 0.8):
+        for line in lines:
+            line["valid"] = valid if line["factor"] == 3.0 else 0.7
+        (one,) = strategies.summaries(written(lines, tmp_path / "grid.jsonl"))
+        found[valid] = (one["factor"], one["accuracy"]["value"], one["seeds"])
+    assert found == {0.6: (1.0, 1.0, 2), 0.8: (3.0, 0.0, 2)}
 
 
 def test_a_cell_in_the_file_is_not_run_again(tmp_path: Path) -> None:
     cell = {"task": "reviews", "name": "m", "rows": 50, "strategy": "full", "seed": 0, "factor": 1.0}
     (tmp_path / "grid.jsonl").write_text(json.dumps(cell | {"accuracy": 0.5}) + "\n", encoding="utf-8")
-    assert strategies.run_cell(cell | {"lr": 1.0}, tmp_path / "grid.jsonl")["accuracy"] == 0.5
+    assert strategies.run_cell(cell | {"lr": 1.0, "idle": False}, tmp_path / "grid.jsonl")["accuracy"] == 0.5
 
 
 def test_the_grid_in_small(small_model: Path, tmp_path: Path) -> None:

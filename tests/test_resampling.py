@@ -32,6 +32,7 @@ from llmft_nb.resampling import (
     perplexity_score,
     ratio_score,
     resampled_means,
+    seeded_difference,
     standard_errors,
 )
 from llmft_nb.scores import Score, knn_baseline, mcnemar_midp, nearest_rows, wilson_interval
@@ -303,6 +304,52 @@ def test_order_swapping_and_direction() -> None:
     same = paired_permutation(a, a, PERPLEXITY)
     assert (same.p_value, same.difference, same.low, same.high, same.n_differ) == (1.0, 0.0, 0.0, 0.0, 0)
     assert same.verdict() == "no difference shown"
+
+
+def test_where_seeds_agree_rows_decide_as_in_a_paired_t_test() -> None:
+    "Every seed gives the same scores: no spread over seeds, and Student's paired test over rows is left."
+    rows_a, rows_b = np.random.default_rng(0).random((2, 60))
+    found = seeded_difference(np.tile(rows_a, (4, 1)), np.tile(rows_b + 0.05, (4, 1)))
+    reference = stats.ttest_rel(rows_a, rows_b + 0.05)
+    assert found.p_value == pytest.approx(reference.pvalue, rel=1e-9)
+    interval = reference.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert (found.n, found.n_differ) == (60, 60)
+
+
+def test_where_rows_agree_seeds_decide_as_in_a_paired_t_test() -> None:
+    seeds_a, seeds_b = np.random.default_rng(1).random((2, 5))
+    found = seeded_difference(np.repeat(seeds_a[:, None], 30, axis=1), np.repeat(seeds_b[:, None], 30, axis=1))
+    reference = stats.ttest_rel(seeds_a, seeds_b)
+    assert found.p_value == pytest.approx(reference.pvalue, rel=1e-9)
+    assert found.difference == pytest.approx(np.mean(seeds_a - seeds_b))
+
+
+def test_two_ways_that_are_alike_are_told_apart_once_in_twenty() -> None:
+    "Rows of unlike hardness, seeds of unlike luck, and both at once: the level holds, whatever the spread comes from."
+    generator = np.random.default_rng(2)
+    for luck, n_seeds in ((0.0, 3), (0.05, 3), (0.2, 3), (0.2, 8)):
+
+        def way(hard: np.ndarray, luck: float = luck, n_seeds: int = n_seeds) -> np.ndarray:
+            own = generator.normal(0, luck, (n_seeds, 1))
+            return (generator.normal(size=(n_seeds, len(hard))) + own > hard).astype(float)
+
+        n_alarms = 0
+        for _ in range(400):
+            hard = generator.normal(size=150)
+            n_alarms += seeded_difference(way(hard), way(hard)).p_value < 0.05
+        assert n_alarms <= 30, f"{n_alarms} of 400 at luck {luck}, {n_seeds} seeds: 20 are expected"
+
+
+def test_a_difference_that_is_there_is_found() -> None:
+    generator = np.random.default_rng(3)
+    hard = generator.normal(size=400)
+    rows_a, rows_b = ((generator.normal(size=(5, 400)) + gain > hard).astype(float) for gain in (0.4, 0.0))
+    found = seeded_difference(rows_a, rows_b)
+    assert found.verdict() == "better" and found.low > 0.05
+    mirrored = seeded_difference(rows_b, rows_a)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
+    assert mirrored.p_value == pytest.approx(found.p_value)
 
 
 def test_holm_equals_a_published_definition() -> None:
