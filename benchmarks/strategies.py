@@ -117,6 +117,7 @@ def carry_out(cell: Cell, queue: Any) -> None:
     train, left = drawn(sets["train"], cell["rows"], cell["seed"])
     sets["valid"] = left[:N_CHOOSING] if cell["seed"] == CHOOSING_SEED else sets["valid"][:200]
     options = settings_of(cell["strategy"]) | {"model": cell["model"], "epochs": EPOCHS, "batch_size": BATCH_SIZE}
+    options["precision"] = "f32"  # Whatever the machine that a cell is run on
     started = time.monotonic()
     with tuned(repeated(train), sets, lr=cell["lr"], seed=cell["seed"], **options) as run:
         answers = [line["predicted"] for line in read_lines(run.folder / "test_predictions.jsonl")]

@@ -40,7 +40,7 @@ from .data import TextDataLoader
 from .hparams import TrainSettings, lr_factors, parameter_groups
 from .modeling import TunableModel, size_head
 from .objectives import balanced_class_weights
-from .steps import StepPlan, backward_step, is_evaluation_step, make_accelerator, swap_parameters
+from .steps import StepPlan, backward_step, f32_attention, is_evaluation_step, make_accelerator, swap_parameters
 from .movement import Watch, moved_record
 from .phases import Phase, enter_phase, phase_at, plan_phases
 from .strategy import PHASED, Strategy, parse_strategy, set_modes
@@ -108,7 +108,8 @@ class LLMTrainer:
             run = start_run(self, loader, epochs or self.settings.epochs)
             try:
                 open_folder(run, resume)
-                run_steps(run, guard)
+                with f32_attention(self.model.network, run.accelerator):
+                    run_steps(run, guard)
                 return finish_run(run)
             finally:
                 close_run(run)
