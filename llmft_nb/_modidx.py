@@ -58,6 +58,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmft_nb.audit.readable_piece': ('audit.html#readable_piece', 'llmft_nb/audit.py')},
             'llmft_nb.bases': { 'llmft_nb.bases.CatalogueModel': ('bases.html#cataloguemodel', 'llmft_nb/bases.py'),
                                 'llmft_nb.bases.ModelSource': ('bases.html#modelsource', 'llmft_nb/bases.py'),
+                                'llmft_nb.bases.counted_weights': ('bases.html#counted_weights', 'llmft_nb/bases.py'),
                                 'llmft_nb.bases.describe_model': ('bases.html#describe_model', 'llmft_nb/bases.py'),
                                 'llmft_nb.bases.find_model': ('bases.html#find_model', 'llmft_nb/bases.py'),
                                 'llmft_nb.bases.hub_source': ('bases.html#hub_source', 'llmft_nb/bases.py'),

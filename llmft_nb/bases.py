@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CATALOGUE', 'PAD_NAMES', 'END_NAMES', 'CatalogueModel', 'ModelSource', 'weight_files', 'read_licence', 'local_source',
            'hub_source', 'find_model', 'model_languages', 'mend_tokenizer', 'quiet_loading', 'load_tokenizer',
-           'describe_model']
+           'counted_weights', 'describe_model']
 
 # %% ../nbs/02a_bases.ipynb #a84cfb75
 import contextlib
@@ -244,19 +244,42 @@ def load_tokenizer(
     return tokenizer, mend_tokenizer(tokenizer)
 
 # %% ../nbs/02a_bases.ipynb #332c0f3b
-def describe_model(
-    source: ModelSource,  # A model on this machine
-) -> dict[str, Any]:  # Name, architecture, layers, width, vocabulary, weights, megabytes, licence
-    "A model's key figures, read from its configuration and the headers of its files."
+def counted_weights(
+    source: ModelSource,  # Any model
+) -> tuple[int, int]:  # Weights, and the bytes they take in their files
+    "Count weights by the headers of their files; of a hub model only the headers are fetched."
+    from huggingface_hub import HfApi
     from safetensors import safe_open
 
-    folder = Path(source.location)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    n_weights = 0
-    for path in weight_files(folder):
+    if source.kind == "hub":
+        try:
+            found = HfApi().get_safetensors_metadata(source.location, revision=source.revision)
+        except Exception as error:  # No network, or no such files
+            where, why = f"model {source.name}", f"{type(error).__name__}"
+            mend = "choose a model with safetensors, where there is a network"
+            raise UserError("the headers of its weights cannot be read", where=where, why=why, mend=mend) from error
+        places = [place for file in found.files_metadata.values() for place in file.tensors.values()]
+        sizes = [place.data_offsets[1] - place.data_offsets[0] for place in places]
+        return sum(found.parameter_count.values()), sum(sizes)
+    files, n_weights = weight_files(Path(source.location)), 0
+    for path in files:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 n_weights += math.prod(tensors.get_slice(name).get_shape())
+    return n_weights, sum(path.stat().st_size for path in files)
+
+# %% ../nbs/02a_bases.ipynb #332c0f3c
+def describe_model(
+    source: ModelSource,  # Any model
+) -> dict[str, Any]:  # Name, architecture, layers, width, vocabulary, weights, megabytes, licence
+    "A model's key figures, read from its configuration and the headers of its files."
+    from huggingface_hub import hf_hub_download
+
+    path = Path(source.location) / "config.json"
+    if source.kind == "hub":
+        path = Path(hf_hub_download(source.location, "config.json", revision=source.revision))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    n_weights, n_bytes = counted_weights(source)
     return {
         "name": source.name,
         "architecture": config.get("model_type", "unknown"),
@@ -264,6 +287,6 @@ def describe_model(
         "width": config.get("hidden_size", config.get("n_embd")),
         "vocabulary": config.get("vocab_size"),
         "weights": n_weights,
-        "megabytes": round(sum(path.stat().st_size for path in weight_files(folder)) / 1e6, 1),
+        "megabytes": round(n_bytes / 1e6, 1),
         "licence": source.licence,
     }
