@@ -6,6 +6,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmft_nb.adapters.apply_strategy': ('adapters.html#apply_strategy', 'llmft_nb/adapters.py'),
                                    'llmft_nb.adapters.check_four_bit': ('adapters.html#check_four_bit', 'llmft_nb/adapters.py'),
                                    'llmft_nb.adapters.is_linear': ('adapters.html#is_linear', 'llmft_nb/adapters.py'),
+                                   'llmft_nb.adapters.layer_width': ('adapters.html#layer_width', 'llmft_nb/adapters.py'),
                                    'llmft_nb.adapters.matching_layers': ('adapters.html#matching_layers', 'llmft_nb/adapters.py'),
                                    'llmft_nb.adapters.merge_adapters': ('adapters.html#merge_adapters', 'llmft_nb/adapters.py'),
                                    'llmft_nb.adapters.save_adapters': ('adapters.html#save_adapters', 'llmft_nb/adapters.py'),

@@ -249,7 +249,7 @@ def counted_weights(
 ) -> tuple[int, int]:  # Weights, and the bytes they take in their files
     "Count weights by the headers of their files; of a hub model only the headers are fetched."
     from huggingface_hub import HfApi
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if source.kind == "hub":
         try:
@@ -263,9 +263,13 @@ def counted_weights(
         return sum(found.parameter_count.values()), sum(sizes)
     files, n_weights = weight_files(Path(source.location)), 0
     for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                n_weights += math.prod(tensors.get_slice(name).get_shape())
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    n_weights += math.prod(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            what = f"{path.name} is damaged ({error})"
+            raise UserError(what, where=str(path.parent), mend="download the model again") from error
     return n_weights, sum(path.stat().st_size for path in files)
 
 # %% ../nbs/02a_bases.ipynb #332c0f3c
@@ -278,7 +282,11 @@ def describe_model(
     path = Path(source.location) / "config.json"
     if source.kind == "hub":
         path = Path(hf_hub_download(source.location, "config.json", revision=source.revision))
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        what = f"its config.json is damaged ({error})"
+        raise UserError(what, where=f"model {source.name}", mend="download the model again") from error
     n_weights, n_bytes = counted_weights(source)
     return {
         "name": source.name,

@@ -197,8 +197,10 @@ def models(
     with exit_statuses(as_json, log_level, debug):
         from llmft_nb.bases import CATALOGUE, describe_model, find_model
 
-        chosen = [*CATALOGUE, *(names or [])]
+        chosen = list(dict.fromkeys([*CATALOGUE, *(names or [])]))
         if data is None:
+            if columns:
+                raise UserError("columns of no data", where="columns", mend="name the rows with --data")
             show_table([describe_model(find_model(name)) for name in chosen], as_json)
         else:
             from llmft_nb.choosing import compare_bases

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bases import quiet_loading
 from .core import UserError, get_logger, probe_device, stream_seed
 from .data import TextDataLoader
 from .hparams import TrainSettings
@@ -149,11 +150,13 @@ def f32_attention(
         return
     AttentionInterface.register(ATTENTION, attend_in_f32)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    inner.set_attn_implementation(ATTENTION)
+    with quiet_loading():  # Models of an older make, as Falcon, keep their own attention and warn
+        inner.set_attn_implementation(ATTENTION)
     try:
         yield
     finally:
-        inner.set_attn_implementation("sdpa")
+        with quiet_loading():
+            inner.set_attn_implementation("sdpa")
 
 # %% ../nbs/06c_steps.ipynb #0f550d2b
 def is_evaluation_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ def test_nothing_changes_in_f32_or_where_a_model_has_its_own_attention(seen: lis
         assert eager.config._attn_implementation == "eager"
     with f32_attention(torch.nn.Linear(2, 2), make_accelerator("bf16")):
         pass
+
+
+def test_a_family_with_its_own_attention_is_left_alone_in_silence(bf16: Any) -> None:
+    from transformers import FalconConfig, FalconModel
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    network, told = FalconModel(FalconConfig(**sizes)), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with f32_attention(network, bf16):
+            assert network.config._attn_implementation == "sdpa"
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert network.config._attn_implementation == "sdpa" and told == []
 
 
 def test_a_run_that_breaks_leaves_the_model_as_it_was(bf16: Any) -> None:

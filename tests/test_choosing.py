@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from small import small_rows, write_jsonl
 from test_mistakes import llmft
 
+from llmft_nb.bases import describe_model, find_model
 from llmft_nb.choosing import compare_bases, label_costs, named_rows, probe_score, reading_facts, zero_shot_score
+from llmft_nb.core import UserError
 from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM
 from llmft_nb.rows import Rows, read_rows
 
@@ -133,3 +136,28 @@ def test_rows_of_the_test_split_are_not_asked(monkeypatch: pytest.MonkeyPatch, s
     compare_bases([small_model], "pharmacy", n_train=50, n_asked=50)
     test = {row["text"] for row in read_rows("pharmacy", split="test")}
     assert len(asked) == 100 and not test & set(asked)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", b"{", "its config.json is damaged"),
+        ("config.json", b"[1]", "its config.json is damaged"),
+        ("model.safetensors", b"", "model.safetensors is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_told(
+    file: str, content: bytes, words: str, save_small: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(save_small("Bert"), tmp_path / "damaged")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        describe_model(find_model(folder))
+    assert "damaged" in caught.value.where and caught.value.mend == "download the model again"
+
+
+def test_a_model_named_twice_is_listed_once() -> None:
+    listed = llmft("models", "tiny", "tiny-encoder", "tiny", "--json")
+    assert [line["name"] for line in json.loads(listed.out)] == ["tiny", "tiny-encoder"]
+    refused = llmft("models", "--columns", "question=text", "--json")
+    assert refused.status == 2 and refused.error["where"] == "columns"

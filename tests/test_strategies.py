@@ -12,14 +12,14 @@ import torch
 from small import small_rows
 
 from llmft_nb import adapters
-from llmft_nb.adapters import apply_strategy, merge_adapters, save_adapters
+from llmft_nb.adapters import adapter_targets, apply_strategy, merge_adapters, save_adapters
 from llmft_nb.core import UserError
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.hparams import TrainSettings, parameter_groups
 from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.movement import compare_models, fingerprint
 from llmft_nb.phases import plan_phases
-from llmft_nb.strategy import count_parts, model_parts, open_parts, parse_strategy, set_modes
+from llmft_nb.strategy import count_parts, match_weights, model_parts, open_parts, parse_strategy, set_modes
 from llmft_nb.training import LLMTrainer
 from llmft_nb.weights import initialise, parse_init
 
@@ -134,7 +134,7 @@ def test_parts_of_a_tied_model_are_counted_once(save_small: Callable[..., Path])
     counts = {count.name: count.n_weights for count in count_parts(network)}
     assert sum(counts.values()) == sum(weight.numel() for weight in network.parameters())
     assert counts["head"] == 0
-    with pytest.raises(UserError, match="no weight is called head"):
+    with pytest.raises(UserError, match="head has no weights of its own"):
         open_parts(network, parse_strategy("layers:head"))
 
 
@@ -311,3 +311,104 @@ def test_any_start_goes_with_any_strategy(
         assert torch.equal(kept, was)
     assert not (run.folder / "adapter").exists(), "no base has what was drawn and stood still"
     assert not any("lora" in name for name, _ in tuned.named_parameters())
+
+
+# --- shapes that are built otherwise ---
+
+
+def unusual(kind: str, head: str = "SequenceClassification", **changes: Any) -> Any:
+    "A random transformers model of two blocks, 32 wide, of a family with a build of its own."
+    import transformers
+
+    plain = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    plain |= {"intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
+    own: dict[str, dict[str, Any]] = {
+        "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 16},
+        "DebertaV2": {"relative_attention": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
+        "MPNet": {},
+        "Albert": {"embedding_size": 16, "inner_group_num": 2},
+        "Bart": {"d_model": 32, "encoder_layers": 3, "decoder_layers": 1, "encoder_attention_heads": 2}
+        | {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        "SqueezeBert": {"embedding_size": 32, "q_groups": 1, "k_groups": 1, "v_groups": 1}
+        | {"post_attention_groups": 1, "intermediate_groups": 1, "output_groups": 1},
+        "Falcon": {"new_decoder_architecture": False, "alibi": False},
+    }
+    config = getattr(transformers, f"{kind}Config")(**(plain | own[kind] | changes))
+    return getattr(transformers, f"{kind}For{head}")(config)
+
+
+def part_of(network: Any, name: str) -> str:
+    "The part that a weight belongs to."
+    weight = dict(network.named_parameters())[name]
+    return next(part.name for part in model_parts(network) if any(one is weight for one in part.parameters()))
+
+
+def test_what_stands_out_of_place_belongs_where_it_is_used() -> None:
+    opt = unusual("OPT")
+    assert part_of(opt, "model.decoder.final_layer_norm.weight") == "after blocks"
+    assert part_of(opt, "model.decoder.project_out.weight") == "after blocks"
+    assert part_of(opt, "model.decoder.project_in.weight") == "embeddings"
+    deberta = unusual("DebertaV2")
+    for name in ("rel_embeddings.weight", "LayerNorm.weight", "conv.conv.weight"):
+        assert part_of(deberta, f"deberta.encoder.{name}") == "embeddings", name
+    assert part_of(deberta, "deberta.encoder.layer.1.output.LayerNorm.weight") == "block 1"
+    assert part_of(unusual("MPNet"), "mpnet.encoder.relative_attention_bias.weight") == "embeddings"
+    for network in (opt, deberta):
+        opened = open_parts(network, parse_strategy("top:1"))
+        assert opened == [name for name in ("block 1", "after blocks", "head") if name in opened]
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Albert"])
+def test_two_stacks_and_shared_layers_have_no_top(kind: str) -> None:
+    with pytest.raises(UserError, match=r"two stacks.*layers:PATTERN"):
+        open_parts(unusual(kind), parse_strategy("top:1"))
+    assert open_parts(unusual(kind), parse_strategy("full")) == ["all"]
+
+
+@pytest.mark.parametrize("text", ["lora:4", "lora:4@top:1"])
+def test_adapters_that_would_stand_beside_no_block_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"block . has no linear layer .adapters go beside linear layers"):
+        adapter_targets(unusual("SqueezeBert"), parse_strategy(text))
+
+
+def test_a_part_without_weights_of_its_own_is_not_misspelt() -> None:
+    network = unusual("OPT", "CausalLM", word_embed_proj_dim=32)
+    with pytest.raises(UserError, match=r"head has no weights of its own .*used twice") as caught:
+        match_weights(network, "head", "layers:head")
+    assert "head," not in str(caught.value).partition("mend")[2]
+    with pytest.raises(UserError) as caught:
+        match_weights(network, "haed", "layers:haed")
+    assert "near to it: head" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lora:4@top:0", ["strategy lora:4@top:0", "lora:4@top:K"]),
+        ("lora:4@top:x", ["strategy lora:4@top:x", "lora:4@top:K"]),
+        ("lora:4@", ["strategy lora:4@", "lora:4@attention"]),
+    ],
+)
+def test_a_mistake_behind_the_at_is_told_as_it_was_typed(text: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_strategy(text)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_rank_beyond_the_layers_is_refused_before_memory_is_asked_for(small_model: Path) -> None:
+    model = LLMForSequenceClassification.from_pretrained(small_model)
+    with pytest.raises(UserError, match="rank 99999999999 in layers 64 wide at most") as caught:
+        apply_strategy(model, parse_strategy("lora:99999999999"))
+    assert "choose R up to 64" in str(caught.value)
+    apply_strategy(model, parse_strategy("lora:64"))
+
+
+def test_layers_that_peft_refuses_are_told(save_small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    def refuse(*given: Any) -> None:
+        raise ValueError("Module 'out_proj' is incompatible")
+
+    monkeypatch.setattr(peft, "inject_adapter_in_model", refuse)
+    with pytest.raises(UserError, match=r"out_proj.*lora:4@PATTERN"):
+        apply_strategy(LLMForSequenceClassification.from_pretrained(save_small("Bert")), parse_strategy("lora:4"))
