@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -106,6 +107,16 @@ def test_every_requirement_is_pinned():
             name = re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[]", requirement)[0]).lower()
             assert name in pinned, f"{requirement} is in settings.ini but not in constraints.txt"
     assert not any(character in version for version in pins.values() for character in "+/@ ")
+
+
+def test_every_pin_can_be_had_by_the_oldest_python():
+    "pip would search for minutes among pinned versions of which one will not have this Python, and then give up."
+    from packaging.specifiers import SpecifierSet
+
+    oldest = f"{metadata()['min_python']}.0"
+    needs = {found.name: found.metadata["Requires-Python"] or "" for found in importlib.metadata.distributions()}
+    assert len(needs) > 50
+    assert {name: need for name, need in needs.items() if not SpecifierSet(need).contains(oldest)} == {}
 
 
 # Which way imports run
