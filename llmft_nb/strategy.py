@@ -96,9 +96,11 @@ def parse_strategy(
             raise UserError("contradictory strategy", where=f"strategy {text}", why=why, mend=mend)
         return Strategy(*parse_top(text, "strategy", PLAIN, STRATEGY_FORMS))
     rank = int(found.group(2) or DEFAULT_RANK)
-    if where.startswith("top:") and not re.fullmatch(r"top:0*[1-9]\d*", where):
-        raise UserError("adapters in no block", where=f"strategy {text}", mend=f"write {what}@top:K, with K at least 1")
-    n_top = int(where.removeprefix("top:")) if where.startswith("top:") else 0
+    try:
+        n_top = parse_top(where, "strategy", ())[1] if where.startswith("top:") else 0
+    except UserError as error:
+        mend = f"write {what}@top:K, with K at least 1"
+        raise UserError("adapters in no block", where=f"strategy {text}", mend=mend) from error
     if rank < 1:
         raise UserError("adapters of rank 0 add nothing", where=f"strategy {text}", mend="choose R of at least 1")
     return Strategy(found.group(1), n_top, check_pattern(where, text) if at and not n_top else "", rank)

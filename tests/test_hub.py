@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub import Hub, served
 from small import small_rows, write_jsonl
+from test_mistakes import Outcome, llmft_process
 
 from llmft_nb.bases import describe_model, find_model
 
@@ -22,26 +23,22 @@ def hub() -> Iterator[Hub]:
         yield found
 
 
-def python(hub: Hub, home: Path, program: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    "A program of its own, with this hub as its only one."
-    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "0"} | changes
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def surroundings(hub: Hub, home: Path) -> dict[str, str]:
+    "The environment of a process that knows this hub and no other."
+    return {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
 
 
-def llmft(hub: Hub, home: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    "The command."
-    words = ["llmft", *arguments]
-    return python(hub, home, f"import sys; from llmft_nb.cli import main; sys.argv = {words!r}; main()", **changes)
+def llmft(hub: Hub, home: Path, *arguments: str, **changes: str) -> Outcome:
+    "The command, with this hub as its only one."
+    return llmft_process(*arguments, **(surroundings(hub, home) | changes))
 
 
 def test_a_hub_model_is_described_by_headers_alone(hub: Hub, save_small: Callable[..., Path], tmp_path: Path) -> None:
     folder = save_small("Llama")
     hub.push("owner/small", folder)
     told = llmft(hub, tmp_path, "models", "owner/small", "--json")
-    assert told.returncode == 0, told.stderr
-    *_, line = json.loads(told.stdout)
+    assert told.status == 0, told.err
+    *_, line = json.loads(told.out)
     same = describe_model(find_model(folder)) | {"name": "owner/small", "licence": "mit"}
     assert line.pop("megabytes") == pytest.approx(same.pop("megabytes"), abs=0.1)
     assert line == same
@@ -64,7 +61,9 @@ def test_what_the_hub_does_not_have_is_told(hub: Hub, save_small: Callable[..., 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((save_small("Llama") / "config.json").read_bytes())
     hub.push("owner/bare", tmp_path / "bare")
-    told = python(hub, tmp_path / "home", REFUSED)
+    environment = os.environ | surroundings(hub, tmp_path / "home")
+    command = [sys.executable, "-c", REFUSED]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert told.returncode == 0, told.stderr
     nobody, no_revision, bare = told.stdout.splitlines()
     assert "owner/other" in nobody and "neither a folder here nor a model on the hub" in nobody
@@ -81,12 +80,12 @@ def test_a_branch_that_moves_while_a_run_is_under_way(
     data = write_jsonl(tmp_path / "rows.jsonl", small_rows(48))
     options = ["--data", str(data), "--epochs", "1", "--batch-size", "16", "--strategy", "top:1"]
     told = llmft(hub, tmp_path, "train", "--model", "owner/small", "--out", str(tmp_path / "run"), *options)
-    assert told.returncode == 0, told.stderr
+    assert told.status == 0, told.err
     assert hub.after is None and hub.find("owner/small", "main") != hub.find("owner/small", first), "main has moved"
     model = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["model"]
     assert model["revision"] == first
     moved = {part["name"]: part["n_moved"] for part in model["moved"]["whole"]}
     assert moved["embeddings"] == 0 and moved["block 0"] == 0 and moved["block 1"] > 0
     offline = llmft(hub, tmp_path, "models", f"owner/small@{first}", "--data", str(data), "--json", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0, offline.stderr
-    assert "owner/small" in [line["name"] for line in json.loads(offline.stdout)]
+    assert offline.status == 0, offline.err
+    assert "owner/small" in [line["name"] for line in json.loads(offline.out)]
