@@ -23,7 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from .core import UserError, assets_folder, stream_seed
-from .modeling import ModelSource, find_model, quiet_loading
+from .inference import last_states
+from .modeling import ModelSource, find_model, looks_ahead, quiet_loading
 from .resampling import MEAN, PERPLEXITY, Interval, difference_of, perplexity_score, resampled_score
 
 # %% ../nbs/08c_forgetting.ipynb #c3035ab9
@@ -208,6 +209,8 @@ def load_lm(
         network, info = kind.from_pretrained(source.location, revision=revision, dtype=dtype, **options)
     if info["missing_keys"]:
         return None, "not measured: the checkpoint has no language-model head"
+    if not masked and looks_ahead(network):
+        return None, f"not measured: {type(network).__name__} sees both sides of a word, and with it the next one"
     return network.eval(), ""
 
 # %% ../nbs/08c_forgetting.ipynb #0c38a34d
@@ -264,7 +267,7 @@ def text_features(
         with quiet_loading(), torch.no_grad():
             length = readable_length(trunk, tokenizer, max_length)
             ids = tokenizer(text, truncation=True, max_length=length)["input_ids"] or [tokenizer.pad_token_id or 0]
-            states = trunk(input_ids=torch.tensor([ids], device=place)).last_hidden_state
+            states = last_states(trunk, {"input_ids": torch.tensor([ids], device=place)})
         rows.append(states[0].double().mean(dim=0).cpu().numpy())
     trunk.train(was_training)
     return np.stack(rows)
@@ -298,7 +301,7 @@ def sample_texts(
     ids, cache = torch.full((n_samples, 1), start_id, device=place), None
     for _ in range(length):
         out = network(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        cache = getattr(out, "past_key_values", None)  # Models without attention keep something else
         shares = torch.softmax(out.logits[:, -1].float(), dim=-1).cpu()
         ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator).to(place)], dim=1)
     return ids

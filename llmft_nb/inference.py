@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['by_length', 'predict_logits', 'probabilities', 'decide', 'name_answers', 'predict_positions', 'row_losses',
-           'pooled_features']
+           'last_states', 'pooled_features']
 
 # %% ../nbs/06c_inference.ipynb #f97ac9a8
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,6 +122,18 @@ def row_losses(
     return sums, counts
 
 # %% ../nbs/06c_inference.ipynb #e97ddf8a
+def last_states(
+    trunk: Any,  # A transformers base model, without a head
+    batch: dict[str, torch.Tensor],  # "input_ids", shape (N, T), and what goes with them
+) -> torch.Tensor:  # In f32, shape (N, T, D)
+    "The last hidden states; of a model of two stacks the decoder's, which a head for labels reads, a place behind."
+    if "decoder_input_ids" in inspect.signature(trunk.forward).parameters:
+        ids = batch["input_ids"]
+        start = torch.full_like(ids[:, :1], trunk.config.decoder_start_token_id)
+        batch = batch | {"decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}
+    return trunk(**batch).last_hidden_state.float()
+
+
 def pooled_features(
     model: Any,  # One of the tunable models; its head is not used
     dataset: TokenDataset,  # Rows, not packed
@@ -131,8 +144,7 @@ def pooled_features(
     with asking(model) as place:
         for rows in by_length(dataset.lengths, batch_size):
             batch = {name: tensor.to(place) for name, tensor in collate(dataset, rows).items()}
-            hidden_NTD = model.network.base_model(**batch).last_hidden_state.float()
             mask_NT1 = batch["attention_mask"][:, :, None]
-            mean_ND = (hidden_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
+            mean_ND = (last_states(model.network.base_model, batch) * mask_NT1).sum(1) / mask_NT1.sum(1)
             features.update(zip(rows, mean_ND.cpu().numpy(), strict=True))
     return np.stack([features[row] for row in range(len(dataset))])

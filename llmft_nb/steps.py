@@ -121,6 +121,7 @@ def attend_in_f32(
     key: torch.Tensor,  # Shape (N, heads of keys, T, width)
     value: torch.Tensor,  # The same
     attention_mask: torch.Tensor | None,  # True where a token may look, or what is added to the scores
+    position_bias: torch.Tensor | None = None,  # What is added for distances, as T5 does
     **others: Any,  # As transformers' attention takes them
 ) -> tuple[torch.Tensor, None]:  # Shape (N, T, heads, width), in the query's precision
     "transformers' attention, computed in f32 whatever it is given."
@@ -128,6 +129,8 @@ def attend_in_f32(
 
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
+    if position_bias is not None:
+        others["position_bias"] = position_bias.float()
     with torch.autocast(query.device.type, enabled=False):
         wide = query.float(), key.float(), value.float()
         found, _ = sdpa_attention_forward(module, *wide, attention_mask, **others)

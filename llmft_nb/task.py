@@ -17,7 +17,7 @@ from .data import TokenDataset
 from .inference import row_losses
 from .objectives import perplexity
 from .hparams import TrainSettings
-from .modeling import TunableModel, size_head
+from .modeling import TunableModel, check_looks_back, size_head
 from .predict import Predictor, answer_words, task_model_class
 from .rows import LeakReport, Rows, read_rows
 from .splits import CLASSIFY, Splits, TaskRows, describe_source, find_licence, find_notice, prepare_splits
@@ -67,6 +67,8 @@ class Task:
         model = task_model_class(self.name, name).from_pretrained(
             name, seed=self.settings.seed, four_bit=chosen.kind == "qlora"
         )
+        if model.kind == "CausalLM":
+            check_looks_back(model)
         self.fit_head(model, splits)
         initialise(model, parse_init(init), self.settings.seed)
         apply_strategy(model, chosen, self.settings.seed)

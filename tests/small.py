@@ -53,6 +53,9 @@ def small_config(kind: str, vocab_size: int, **changes: Any) -> Any:
         "Mistral": plain | {"num_key_value_heads": 1},
         "Phi": plain,
         "Phi3": plain | {"num_key_value_heads": 1},
+        "T5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+        "Bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 0},
     }
     return getattr(transformers, f"{kind}Config")(**(wide | own[kind] | changes))
 

@@ -14,9 +14,10 @@ from small import small_network, small_rows
 
 from llmft_nb.callbacks import Callback
 from llmft_nb.finetune import finetune
+from llmft_nb.inference import last_states
 from llmft_nb.steps import ATTENTION, f32_attention, make_accelerator
 
-KINDS = ["Bert", "Roberta", "DistilBert", "GPT2", "Llama", "Qwen3", "Gemma", "Mistral", "Phi", "Phi3"]
+KINDS = ["Bert", "Roberta", "DistilBert", "GPT2", "Llama", "Qwen3", "Gemma", "Mistral", "Phi", "Phi3", "T5", "Bart"]
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def hidden(network: torch.nn.Module, lengths: tuple[int, ...] = (9, 6)) -> torch
     ids = torch.arange(2, 2 + len(lengths) * max(lengths)).reshape(len(lengths), -1)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        return network.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
+        return last_states(network.base_model, {"input_ids": ids, "attention_mask": mask})[mask.bool()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,7 +57,8 @@ def test_every_family_attends_in_f32_and_means_the_same(kind: str, seen: list[to
     seen.clear()
     with f32_attention(network, bf16):
         widened = hidden(network)
-    assert seen == [torch.float32] * 2, "two blocks"
+    n_seen = 2 * (1 + 2 * network.config.is_encoder_decoder)  # A decoder's block looks twice
+    assert seen == [torch.float32] * n_seen, "every block"
     assert torch.allclose(plain, widened, atol=0.05) and not torch.equal(plain, widened)
     assert network.config._attn_implementation == "sdpa"
     seen.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ from small import small_rows
 
 from llmft_nb import adapters
 from llmft_nb.adapters import adapter_targets, apply_strategy, merge_adapters, save_adapters
+from llmft_nb.bases import find_model, load_tokenizer
 from llmft_nb.core import UserError
 from llmft_nb.data import TextDataLoader, TextDataset
+from llmft_nb.finetune import finetune
 from llmft_nb.hparams import TrainSettings, parameter_groups
 from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.movement import compare_models, fingerprint
@@ -294,7 +297,6 @@ def test_any_start_goes_with_any_strategy(
     strategy: str, init: str, small_model: Path, small_files: Path, tmp_path: Path
 ) -> None:
     "Through the one call: what was drawn is the seed's, what is frozen stays as it was drawn."
-    from llmft_nb.finetune import finetune
 
     options: dict[str, Any] = {"model": small_model, "epochs": 1, "batch_size": 16, "lr": 1e-3, "callbacks": []}
     held_out = {name: small_files / f"{name}.jsonl" for name in ("valid", "test")}
@@ -332,9 +334,16 @@ def unusual(kind: str, head: str = "SequenceClassification", **changes: Any) -> 
         "SqueezeBert": {"embedding_size": 32, "q_groups": 1, "k_groups": 1, "v_groups": 1}
         | {"post_attention_groups": 1, "intermediate_groups": 1, "output_groups": 1},
         "Falcon": {"new_decoder_architecture": False, "alibi": False},
+        "Mamba": {"state_size": 4},
+        "Rwkv": {},
+        "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
+        "Bloom": {"n_layer": 2, "n_head": 2},
     }
-    config = getattr(transformers, f"{kind}Config")(**(plain | own[kind] | changes))
-    return getattr(transformers, f"{kind}For{head}")(config)
+    shape = plain | own[kind] | changes
+    if kind == "XLNet":
+        del shape["max_position_embeddings"]  # It has no limit
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    return getattr(transformers, f"{kind}{'' if head.startswith('LM') else 'For'}{head}")(config)
 
 
 def part_of(network: Any, name: str) -> str:
@@ -363,6 +372,90 @@ def test_two_stacks_and_shared_layers_have_no_top(kind: str) -> None:
     with pytest.raises(UserError, match=r"two stacks.*layers:PATTERN"):
         open_parts(unusual(kind), parse_strategy("top:1"))
     assert open_parts(unusual(kind), parse_strategy("full")) == ["all"]
+
+
+def with_ends(folder: Path, there: Path, pad: str | None = None) -> Path:
+    "A copy of a model whose tokenizer puts the end token behind each text."
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(folder, there))
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.pad_token = pad or tokenizer.pad_token
+    tokenizer.save_pretrained(there)
+    return there
+
+
+@pytest.mark.parametrize("strategy", ["full", "head", "gradual", "lora:2"])
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_two_stacks_are_tuned_from_rows_to_answers(
+    kind: str, strategy: str, save_small: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = with_ends(save_small(kind), tmp_path / "model")
+    rows = small_rows(60)
+    rows[3]["text"] += " <|end|> more"  # Typed by somebody: no second end
+    options: dict[str, Any] = {"model": folder, "strategy": strategy, "epochs": 1, "max_length": 16}
+    run = finetune(rows, out=tmp_path / "run", callbacks=(), **options)
+    kept = run.record.scores["forgetting"]["features"]["value"]
+    assert kept == pytest.approx(1.0, abs=1e-6) if strategy == "head" else 0.5 < kept < 1.0
+    (answer,) = run.predictor().predict([rows[0]["text"]])
+    assert answer["label"] in LABELS
+
+
+@pytest.mark.parametrize(("pad", "told"), [(None, "puts none behind a text"), ("<|end|>", "fills rows up with it")])
+def test_a_head_that_reads_at_the_end_needs_one(
+    pad: str | None, told: str, save_small: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = with_ends(save_small("T5"), tmp_path / "model", pad) if pad else save_small("T5")
+    with pytest.raises(UserError, match=rf"reads at the end token .number 1., and the tokenizer {told}"):
+        LLMForSequenceClassification.from_pretrained(folder)
+
+
+def saved_unusual(kind: str, head: str, folder: Path) -> Path:
+    "The folder of such a model with the embedded tokenizer for its head."
+    source = find_model("tiny-encoder" if head == "MaskedLM" else "tiny")
+    tokenizer, _ = load_tokenizer(source)
+    unusual(kind, head, vocab_size=len(tokenizer), max_position_embeddings=300).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("Rwkv", "CausalLM"), ("Mamba", "CausalLM"), ("Bloom", "CausalLM"), ("DebertaV2", "MaskedLM")]
+)
+def test_documents_that_would_mix_have_rows_of_their_own(
+    kind: str, head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved_unusual(kind, head, tmp_path / "model")
+    options: dict[str, Any] = {"task": "text", "model": folder, "epochs": 1, "max_length": 40, "precision": "f32"}
+    run = finetune(small_rows(40), out=tmp_path / "run", callbacks=(), **options)
+    assert caplog.text.count("would read from one document into the next") == 1
+    assert run.record.data["packing"].startswith("off: ")
+    assert run.record.scores["forgetting"]["ratio"]["value"] > 0
+
+
+def test_a_model_that_keeps_documents_apart_packs(small_model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"task": "text", "model": small_model, "epochs": 1, "max_length": 40}
+    run = finetune(small_rows(40), out=tmp_path / "run", callbacks=(), **options)
+    assert "packing" not in run.record.data
+
+
+@pytest.mark.parametrize("task", ["text", "instruct"])
+def test_what_sees_both_sides_learns_no_writing(task: str, tmp_path: Path) -> None:
+    folder = saved_unusual("XLNet", "LMHeadModel", tmp_path / "model")
+    rows = [{"text": row["text"], "prompt": row["text"], "completion": row["label"]} for row in small_rows(40)]
+    with pytest.raises(UserError, match="XLNetLMHeadModel sees both sides of a word") as caught:
+        finetune(rows, task=task, model=folder, out=tmp_path / "run", callbacks=())
+    assert "classify" in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_what_sees_both_sides_has_no_perplexity(tmp_path: Path) -> None:
+    folder = saved_unusual("XLNet", "LMHeadModel", tmp_path / "model")
+    run = finetune(small_rows(60), model=folder, out=tmp_path / "run", epochs=1, callbacks=())
+    assert "not measured: XLNetLMHeadModel sees both sides" in run.record.scores["forgetting"]["words"]
 
 
 @pytest.mark.parametrize("text", ["lora:4", "lora:4@top:1"])
