@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'make_task', 'FinishedRun', 'start_record', 'validation_scores', 'Request', 'check_request', 'train_model',
-           'finish_record', 'open_record', 'forgetting_record', 'carry_out', 'finetune', 'training_view',
+           'finish_record', 'open_record', 'forgetting_record', 'build_again', 'carry_out', 'finetune', 'training_view',
            'evaluate_predictor']
 
 # %% ../nbs/10a_finetune.ipynb #7e510b46
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -222,6 +223,23 @@ def forgetting_record(
     bill = measure_forgetting(model.source, model, model.tokenizer, general)
     return {**bill.as_record(), "words": bill.describe()}
 
+# %% ../nbs/10a_finetune.ipynb #10a0b001
+def build_again(
+    request: Request,  # What was asked for
+    task: Task,  # What is learnt
+    splits: Splits,  # Rows
+    model: TunableModel,  # Tuned
+) -> TunableModel:  # Bit for bit what training began with
+    "The model as it was before training, without saying again what was said when it was built."
+    source, logger = model.source, get_logger()  # A pinned source: a branch of the hub may have moved meanwhile
+    name = f"{source.name}@{source.revision}" if source.kind == "hub" else request.model
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return task.build(name, splits, strategy=request.choices["strategy"], init=request.choices["init"])
+    finally:
+        logger.setLevel(level)
+
 # %% ../nbs/10a_finetune.ipynb #54f4b40d
 def carry_out(
     request: Request,  # What was asked for
@@ -248,9 +266,7 @@ def carry_out(
     clock.start("6-7 train and validate")
     evaluate = task.evaluate(valid)
     result = train_model(model, train, task, request, evaluate, record, callbacks=callbacks, trackers=trackers)
-    source = model.source  # Pinned: a branch of the hub may have moved meanwhile
-    name = f"{source.name}@{source.revision}" if source.kind == "hub" else request.model
-    fresh = task.build(name, splits, strategy=request.choices["strategy"], init=request.choices["init"])
+    fresh = build_again(request, task, splits, model)
     moved = {"first": list(result.moved), "whole": moved_record(compare_models(model.network, fresh.network))}
     del fresh
     keep_adapters(model, folder)

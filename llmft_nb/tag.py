@@ -113,7 +113,6 @@ class TagTask(Task):
     monitor = "span_f1"
     headline = "span_f1"
     rows = TaskRows(lambda rows, names, _: check_tag(rows, names), find_tag_names)
-    has_remarked = False  # A model is built twice in a run: to be tuned, and at the end to be compared with
 
     def fit_head(
         self,
@@ -123,8 +122,7 @@ class TagTask(Task):
         "Size the head, and remark on a base that reads to one side only."
         super().fit_head(model, splits)
         need_spans(row["ner_tags"] for row in splits.test)
-        if not self.has_remarked and model_family(model.source) == "decoder":
-            self.has_remarked = True
+        if model_family(model.source) == "decoder":
             text = "%s is a decoder: it tags a word without having read what follows; an encoder is the better base"
             get_logger("tag").warning(text, model.source.name)
 

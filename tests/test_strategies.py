@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from small import small_rows
 from llmft_nb import adapters
 from llmft_nb.adapters import adapter_targets, apply_strategy, merge_adapters, save_adapters
 from llmft_nb.bases import find_model, load_tokenizer
-from llmft_nb.core import UserError
+from llmft_nb.core import UserError, get_logger
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.finetune import finetune
 from llmft_nb.hparams import TrainSettings, parameter_groups
@@ -335,6 +336,7 @@ def unusual(kind: str, head: str = "SequenceClassification", **changes: Any) -> 
         | {"post_attention_groups": 1, "intermediate_groups": 1, "output_groups": 1},
         "Falcon": {"new_decoder_architecture": False, "alibi": False},
         "Mamba": {"state_size": 4},
+        "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 4},
         "Rwkv": {},
         "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
         "Bloom": {"n_layer": 2, "n_head": 2},
@@ -462,6 +464,28 @@ def test_what_sees_both_sides_has_no_perplexity(tmp_path: Path) -> None:
 def test_adapters_that_would_stand_beside_no_block_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"block . has no linear layer .adapters go beside linear layers"):
         adapter_targets(unusual("SqueezeBert"), parse_strategy(text))
+
+
+def test_experts_in_one_piece_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    "As Mixtral keeps them: no linear layers, so no adapters go beside most of its weights."
+    network = unusual("Mixtral")
+    found = adapter_targets(network, parse_strategy("lora:4"))
+    assert not any("experts" in name for name in found)
+    assert (
+        "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight, 89 % of the blocks' weights, have none"
+        in caplog.text
+    )
+    caplog.clear()
+    adapter_targets(unusual("DebertaV2"), parse_strategy("lora:4"))
+    assert not caplog.text
+
+
+def test_what_building_a_model_says_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    "A run builds it twice: to be tuned, and to be compared with."
+    folder = saved_unusual("Mixtral", "CausalLM", tmp_path / "model")
+    finetune(small_rows(60), model=folder, strategy="lora:4", out=tmp_path / "run", epochs=1, callbacks=())
+    assert caplog.text.count("adapters stand beside linear layers only") == 1
+    assert get_logger().level == logging.NOTSET
 
 
 def test_a_part_without_weights_of_its_own_is_not_misspelt() -> None:
