@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .core import UserError, stream_seed
-from .decoding import TokenChooser, end_ids, new_token_room, position_limit, text_pieces, token_steps
-from .modeling import quiet_loading
+from .decoding import TokenChooser, end_ids, new_token_room, text_pieces, token_steps
+from .modeling import position_limit, quiet_loading
 
 # %% ../nbs/06d_chat.ipynb #30ecc107
 def template_renderer(
@@ -96,7 +96,7 @@ class ChatSession:
         seed: int = 0,  # Of the draws
         no_repeat_ngram: int = 0,  # Tokens in a row that an answer may not say twice; 0: no guard
     ) -> None:
-        limit = position_limit(network)
+        limit = position_limit(network.config)
         if limit is not None and max_new_tokens >= limit:
             where = f"max_new_tokens {max_new_tokens}"
             raise UserError(f"no room for a question: the model reads {limit} tokens", where=where, mend="give less")
@@ -116,7 +116,7 @@ class ChatSession:
         "Answer, and remember both."
         asked = {"role": "user", "content": text}
         messages, prompt_ids, n_dropped = fit_messages(
-            [*self.messages, asked], self._render, position_limit(self.network), self.max_new_tokens
+            [*self.messages, asked], self._render, position_limit(self.network.config), self.max_new_tokens
         )
         n_steps = new_token_room(self.network, [prompt_ids], self.max_new_tokens)[0]
         seed = stream_seed(self._seed, "turn", self._n_asked)

@@ -19,7 +19,7 @@ from .bases import CATALOGUE, ModelSource, load_tokenizer, model_languages
 from .core import UserError
 from .data import TextDataset
 from .inference import pooled_features
-from .modeling import TunableModel, asking, model_family
+from .modeling import TunableModel, asking, model_family, position_limit
 from .predict import task_model_class
 from .rows import Rows
 from .scores import Score, majority_baseline, right_answers, score_share, tfidf_baseline
@@ -39,8 +39,7 @@ def reading_facts(
 
     tokenizer, _ = load_tokenizer(source)
     config = AutoConfig.from_pretrained(source.location, revision=source.revision or None)
-    named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    context = next((value for value in named if isinstance(value, int) and value > 0), None)
+    context = position_limit(config)
     audit = audit_tokens(tokenizer, texts, max_length=min(max_length, context or max_length))
     return {
         "languages": ", ".join(model_languages(source)) or "not told",
@@ -69,11 +68,10 @@ def named_rows(
     first = [tokenizer.cls_token_id] if tokenizer.cls_token_id is not None else [tokenizer.bos_token_id]
     before = [token for token in first if token is not None]
     after = [tokenizer.sep_token_id] if model.kind == "MaskedLM" and tokenizer.sep_token_id is not None else []
-    rows = []
+    rows, most = [], max_length - len(before) - len(pieces(CUE)) - len(after)
     for name in label_names:
-        label = pieces(f" {name.replace('_', ' ')}")
-        room = max_length - len(before) - len(pieces(CUE)) - len(label) - len(after)
-        start = before + pieces(text)[: max(0, room)] + pieces(CUE)
+        label = pieces(f" {name.replace('_', ' ')}")[: max(1, most)]
+        start = before + pieces(text)[: max(0, most - len(label))] + pieces(CUE)
         rows.append((start + label + after, list(range(len(start), len(start) + len(label)))))
     return rows
 

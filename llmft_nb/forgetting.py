@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .core import UserError, assets_folder, stream_seed
 from .inference import last_states
-from .modeling import ModelSource, find_model, looks_ahead, quiet_loading
+from .modeling import ModelSource, find_model, looks_ahead, position_limit, quiet_loading
 from .resampling import MEAN, PERPLEXITY, Interval, difference_of, perplexity_score, resampled_score
 
 # %% ../nbs/08c_forgetting.ipynb #c3035ab9
@@ -150,9 +150,7 @@ def readable_length(
     max_length: int,  # Tokens wanted at once
 ) -> int:  # Tokens it can read at once, at most `max_length`
     "How long a window may be."
-    limits = [getattr(network.config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    known = [limit - 2 for limit in limits if isinstance(limit, int)]  # RoBERTa's positions begin at 2
-    return max(3, min([max_length, tokenizer.model_max_length, *known]))
+    return max(3, min(max_length, tokenizer.model_max_length, position_limit(network.config) or max_length))
 
 # %% ../nbs/08c_forgetting.ipynb #361d5cc3
 def lm_perplexity(
@@ -323,13 +321,14 @@ def self_drift(
     tuned: Any,  # The tuned model, with a head for the same tokens
     tokenizer: Any,  # Their tokenizer
     n_samples: int = 32,  # Texts the base writes
-    length: int = 48,  # Tokens of each
+    length: int = 48,  # Tokens of each, as far as there are positions
     seed: int = 0,  # Of the drawing
 ) -> SelfDrift:  # Mean divergence and its standard error
     "KL(base ‖ tuned) on the base's own text, summed over the whole vocabulary at each place."
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None or n_samples < 2:
         raise UserError("no token to begin with, or fewer than two samples", mend="set tokenizer.eos_token")
+    length = min(length, position_limit(base.config) or length)
     modes = [(network, network.training) for network in (base, tuned)]
     base.eval()
     tuned.eval()

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from .answers import answer_columns, rouge_splitter
-from .decoding import position_limit
 from .dialogues import InstructDataset, check_instruct
 from .inference import row_losses
-from .modeling import TunableModel
+from .modeling import TunableModel, position_limit
 from .predict import write_on
 from .prompts import render
 from .resampling import PERPLEXITY, mean_score, paired_permutation, perplexity_score
@@ -43,7 +42,7 @@ def few_shot_prompts(
     max_new_tokens: int = 128,  # Room to keep for the answer
 ) -> list[list[int]]:  # Token ids of each prompt
     "Prompts that begin with solved examples, the same for every question."
-    limit = position_limit(model.network) or 4096
+    limit = position_limit(model.network.config) or 4096
     order = sorted(range(len(train)), key=lambda i: (len(row_text(train[i])) + len(answer_of(train[i])), i))
     middle = order[len(order) // 4 : len(order) // 4 + 4 * n_examples]  # Short ones, but not the shortest
     prompts = []

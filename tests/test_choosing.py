@@ -49,6 +49,24 @@ def test_a_long_text_leaves_room_for_the_label(small_model: Path) -> None:
     assert all(row[-len(ending) :] == ending for row, ending in zip(short, endings, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_a_label_longer_than_the_positions_is_cut(kind: str, save_small: Callable[..., Path]) -> None:
+    head = LLMForCausalLM if kind == "Llama" else LLMForMaskedLM
+    model = head.from_pretrained(save_small(kind, max_position_embeddings=12))
+    rows = named_rows(model, "a text of some words", ["yes", "no " * 40], 12)
+    assert [len(row) for row, _ in rows] == [12, 12] and all(places for _, places in rows)
+    costs = label_costs(model, ["a text of some words"], ["yes", "no " * 40], 12)
+    assert costs.shape == (1, 2) and (costs > 0).all()
+
+
+def test_positions_that_are_no_tokens_are_not_counted(save_small: Callable[..., Path]) -> None:
+    "RoBERTa's padding token has one, and whatever stands before it."
+    folder = save_small("Roberta", max_position_embeddings=14, pad_token_id=1)
+    assert reading_facts(find_model(folder), ["one two"])["context"] == 12
+    line, *_ = compare_bases([folder], small_rows(90))
+    assert line["context"] == 12 and line["cut"] > 0.5
+
+
 def test_what_a_label_costs_without_a_text_is_taken_off(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "A label that is cheap whatever is asked must not win for that."
     import numpy as np

@@ -22,12 +22,12 @@ from llmft_nb.decoding import (
     end_ids,
     generate,
     plan_batches,
-    position_limit,
     stop_reasons,
     stream_tokens,
     text_pieces,
     tokens_at_once,
 )
+from llmft_nb.modeling import position_limit
 
 KINDS = ["Llama", "Qwen3", "GPT2"]
 VOCAB = 6144  # The embedded tokenizer's
@@ -146,7 +146,7 @@ def object_without_pad(end: int) -> Any:
 
 
 def test_rows_near_the_last_position_get_fewer_tokens(network: Any, tokenizer: Any) -> None:
-    limit = position_limit(network)
+    limit = position_limit(network.config)
     assert limit == 600
     prompts = random_prompts(6, seed=3)
     prompts += [random_prompts(1, seed=n)[0] * 600 for n in range(3)]

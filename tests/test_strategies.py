@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from small import small_rows
+from transformers import AutoTokenizer
 
 from llmft_nb import adapters
 from llmft_nb.adapters import adapter_targets, apply_strategy, merge_adapters, save_adapters
@@ -379,7 +380,6 @@ def test_two_stacks_and_shared_layers_have_no_top(kind: str) -> None:
 def with_ends(folder: Path, there: Path, pad: str | None = None) -> Path:
     "A copy of a model whose tokenizer puts the end token behind each text."
     from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(folder, there))
     end = tokenizer.eos_token
@@ -458,6 +458,23 @@ def test_what_sees_both_sides_has_no_perplexity(tmp_path: Path) -> None:
     folder = saved_unusual("XLNet", "LMHeadModel", tmp_path / "model")
     run = finetune(small_rows(60), model=folder, out=tmp_path / "run", epochs=1, callbacks=())
     assert "not measured: XLNetLMHeadModel sees both sides" in run.record.scores["forgetting"]["words"]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "GPT2", "Llama"])
+def test_rows_longer_than_the_positions_are_refused_before_the_first_step(
+    kind: str, save_small: Callable[..., Path], tmp_path: Path
+) -> None:
+    "The tokenizer was saved without the number."
+    folder = save_small(kind, max_position_embeddings=14)
+    n_positions = 13 if kind == "Roberta" else 14
+    options: dict[str, Any] = {"model": folder, "epochs": 1, "callbacks": ()}
+    with pytest.raises(UserError, match=f"max_length 256: the model reads at most {n_positions} tokens"):
+        finetune(small_rows(60), out=tmp_path / "no", **options)
+    run = finetune(small_rows(60), out=tmp_path / "run", max_length=n_positions, **options)
+    assert AutoTokenizer.from_pretrained(run.folder / "model").model_max_length == n_positions
+    if kind in DECODERS:
+        options["task"] = "text"  # Tried with shared rows, too
+        assert finetune(small_rows(60), out=tmp_path / "packed", max_length=n_positions, **options).record.scores
 
 
 @pytest.mark.parametrize("text", ["lora:4", "lora:4@top:1"])
