@@ -9,12 +9,15 @@ Near are tasks of everyday language (`reviews`, plain reviews of the house pharm
 are those of a field (`pharmacy`, verdicts on pairs of products; `banking`, ten intents of banking77's). `sst2` and
 `banking` are read from the folder `$LLMFT_DATA`; MINILM is a folder of all-MiniLM-L6-v2.
 
-Equal terms: the same rows, drawn anew for each seed; the same number of updates; and for each strategy the best of
-three rates, a third of its default, the default and three times it, chosen with 200 rows of a draw that is not used
-otherwise on up to 400 training rows left over by it. A cell is a process of its own, so that its peak of memory is its
-own, and a line in `strategies.jsonl` beside this file, or in the file of --out; what is there already is not run again,
-so the command can be stopped and called again. A cell of the embedded encoder takes from ten seconds to two minutes on
-one core. Seconds are kept where --idle says that nothing else runs: call it so with few cells, in a file of their own.
+Equal terms: the same rows, drawn anew for each seed; the same number of updates; and for each strategy its best rate,
+chosen with 200 rows of a draw that is not used otherwise on up to 400 training rows left over by it. A third of the
+default, the default and three times it are tried, and further thirds or threes while the outermost is the best. A cell
+is a process of its own, so that its peak of memory is its own, and a line in `strategies.jsonl` beside this file, or in
+the file of --out; what is there already is not run again, so the command can be stopped and called again. A cell of the
+embedded encoder takes from ten seconds to two minutes on one core. Seconds are kept where --idle says that nothing else
+runs; cells that are there without them are run again, so call it with few:
+
+    python benchmarks/strategies.py run --idle --tasks reviews --rows 0 --seeds 1
 """
 
 from __future__ import annotations
@@ -45,10 +48,11 @@ from llmft_nb.task import plain_score
 
 STRATEGIES = ("full", "top:2", "head", "gradual", "head-then-full", "full+decay", "lora:16", "dora:16", "lora:16@top:2")
 DISTANCE = {"reviews": "near", "sst2": "near", "pharmacy": "far", "banking": "far"}
-RATES = (1 / 3, 1.0, 3.0)
+RATES, MOST_RATES = (1 / 3, 1.0, 3.0), 6  # Times the default; how many are tried at most
 N_TO_CHOOSE, N_CHOOSING, CHOOSING_SEED = 200, 400, 100  # Rows to train on, rows to choose by
 BATCH_SIZE, EPOCHS, UPDATES_AN_EPOCH = 16, 8, 25
 FILE = Path(__file__).with_suffix(".jsonl")  # What has been measured so far
+KEY = ("name", "task", "rows", "strategy", "seed", "factor")  # What tells two cells apart
 Cell = dict[str, Any]
 
 
@@ -141,9 +145,8 @@ def carry_out(cell: Cell, queue: Any) -> None:
 
 def run_cell(cell: Cell, out: Path) -> Cell:
     "A cell in a process of its own, unless the file has it."
-    key = ("task", "name", "rows", "strategy", "seed", "factor")
     for line in read_lines(out) if out.is_file() else []:
-        if all(line[name] == cell[name] for name in key):
+        if all(line[name] == cell[name] for name in KEY) and not (cell["idle"] and line["train_s"] is None):
             return line
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -164,6 +167,19 @@ def run_cell(cell: Cell, out: Path) -> Cell:
     return line
 
 
+def best_factor(
+    valid: Callable[[float], float],  # Share of right answers with so many times the default rate
+) -> float:  # The first of the best, where several are equal
+    "Try rates until the best of them has a worse one on either side."
+    found = {factor: valid(factor) for factor in RATES}
+    while True:
+        best = max(found, key=lambda factor: found[factor])
+        further = {min(found): best / 3, max(found): best * 3}.get(best)
+        if further is None or len(found) == MOST_RATES:
+            return best
+        found[further] = valid(further)
+
+
 def run(arguments: argparse.Namespace) -> None:
     "Choose each strategy's rate, then run every cell that is missing."
     shared_name = Path(arguments.model).name if os.sep in arguments.model else arguments.model
@@ -172,17 +188,17 @@ def run(arguments: argparse.Namespace) -> None:
         numbers = sorted({n if n < n_train else 0 for n in arguments.rows}, key=lambda n: n or n_train)
         for strategy in arguments.strategies:
             plain = {"task": task, "model": arguments.model, "name": shared_name, "strategy": strategy}
-            plain["idle"] = arguments.idle
             lr = default_lr(arguments.model, strategy)
-            trials = [
-                run_cell(plain | {"rows": N_TO_CHOOSE, "seed": CHOOSING_SEED, "factor": f, "lr": lr * f}, arguments.out)
-                for f in RATES
-            ]
-            best = max(trials, key=lambda line: line["valid"])["factor"]
+            trial = plain | {"rows": N_TO_CHOOSE, "seed": CHOOSING_SEED, "idle": False}
+
+            def valid(factor: float, trial: Cell = trial, lr: float = lr) -> float:
+                return float(run_cell(trial | {"factor": factor, "lr": lr * factor}, arguments.out)["valid"])
+
+            best = best_factor(valid)
             for n_rows in numbers:
                 for seed in range(arguments.seeds):
                     cell = plain | {"rows": n_rows, "seed": seed, "factor": best, "lr": lr * best}
-                    run_cell(cell, arguments.out)
+                    run_cell(cell | {"idle": arguments.idle}, arguments.out)
 
 
 def right_rows(lines: Iterable[Cell]) -> np.ndarray:
@@ -201,7 +217,7 @@ def compared(best: np.ndarray, other: np.ndarray) -> PairedDifference:
 
 def cells_of(file: Path) -> Iterator[tuple[tuple[str, str, int], dict[str, list[Cell]]]]:
     "For each model, task and number of rows the cells of each strategy at its chosen rate."
-    lines = list(read_lines(file))
+    lines = list({tuple(line[name] for name in KEY): line for line in read_lines(file)}.values())  # The last of a cell
     best: dict[tuple[str, str, str], Cell] = {}
     for line in lines:
         key = line["name"], line["task"], line["strategy"]
@@ -214,7 +230,9 @@ def cells_of(file: Path) -> Iterator[tuple[tuple[str, str, int], dict[str, list[
             groups = found.setdefault((line["name"], line["task"], line["rows"]), {})
             groups.setdefault(line["strategy"], []).append(line)
     for key in sorted(found, key=lambda key: (*key[:2], key[2] or math.inf)):
-        ordered = {name: sorted(group, key=lambda line: line["seed"]) for name, group in found[key].items()}
+        n_seeds = max(map(len, found[key].values()))  # A strategy under way is left out until it has them all
+        whole = {name: group for name, group in found[key].items() if len(group) == n_seeds}
+        ordered = {name: sorted(group, key=lambda line: line["seed"]) for name, group in whole.items()}
         yield key, {strategy: ordered[strategy] for strategy in STRATEGIES if strategy in ordered}
 
 
@@ -232,12 +250,13 @@ def summaries(file: Path) -> Iterator[Cell]:
                 "model": name,
                 "task": task,
                 "distance": DISTANCE[task],
-                "rows": n_rows,
+                "rows": n_rows or len(TASKS[task]()["train"]),
                 "strategy": strategy,
                 "seeds": len(group),
                 "accuracy": plain_score(mean_score(right[strategy].mean(axis=0))),
                 "by_seed": right[strategy].mean(axis=1).tolist(),
                 "behind": None if strategy == best else asdict(paired[strategy]) | {"p_holm": p_values[strategy]},
+                "over_full": asdict(compared(right[strategy], right["full"])) if "full" in right else None,
                 "trained": group[0]["trained"],
                 "lr": group[0]["lr"],
                 "factor": group[0]["factor"],
@@ -253,8 +272,8 @@ def show(arguments: argparse.Namespace) -> None:
         summaries(arguments.file), lambda line: (line["model"], line["task"], line["rows"])
     ):
         lines = list(group)
-        n_rows, first = key[2] or "all", lines[0]
-        print(f"\n{key[0]}, {key[1]} ({first['distance']}), {n_rows} rows, {first['accuracy']['n']} test rows")
+        first = lines[0]
+        print(f"\n{key[0]}, {key[1]} ({first['distance']}), {key[2]:,} rows, {first['accuracy']['n']} test rows")
         for line in lines:
             score, behind, words = line["accuracy"], line["behind"], ""
             if behind:

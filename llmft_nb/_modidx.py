@@ -227,6 +227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmft_nb.core.finite': ('core.html#finite', 'llmft_nb/core.py'),
                                'llmft_nb.core.get_logger': ('core.html#get_logger', 'llmft_nb/core.py'),
                                'llmft_nb.core.machine_memory_bytes': ('core.html#machine_memory_bytes', 'llmft_nb/core.py'),
+                               'llmft_nb.core.measured': ('core.html#measured', 'llmft_nb/core.py'),
                                'llmft_nb.core.probe_device': ('core.html#probe_device', 'llmft_nb/core.py'),
                                'llmft_nb.core.read_record': ('core.html#read_record', 'llmft_nb/core.py'),
                                'llmft_nb.core.sha256_file': ('core.html#sha256_file', 'llmft_nb/core.py'),

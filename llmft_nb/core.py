@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'UserError', 'Interrupted', 'get_logger', 'stream_seed', 'Device', 'machine_memory_bytes',
            'probe_device', 'sync_folder', 'write_atomic', 'sha256_file', 'sha256_json', 'RunRecord', 'finite',
-           'write_record', 'read_record', 'StepClock', 'assets_folder']
+           'write_record', 'read_record', 'StepClock', 'assets_folder', 'measured']
 
 # %% ../nbs/00b_core.ipynb #eace380b
 import hashlib
@@ -247,3 +247,11 @@ class StepClock:
 def assets_folder() -> Path:  # The installed package's folder of models, data and page templates
     "Where the files shipped with the package lie."
     return Path(__file__).resolve().parent / "assets"
+
+
+def measured(
+    name: str,  # Which benchmark: "knowledge", "language" or "strategies"
+) -> list[dict[str, Any]]:  # Its lines, as it wrote them
+    "Figures that a benchmark took hours to measure, kept so that lessons can show them."
+    file = assets_folder() / "measured" / f"{name}.json"
+    return list(json.loads(file.read_text(encoding="utf-8"))["lines"])

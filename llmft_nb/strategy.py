@@ -133,11 +133,13 @@ class Part:
 
     name: str  # "embeddings", "block 0", …, "after blocks" or "head"
     modules: tuple[nn.Module, ...]  # Modules that share no weights with another part's
+    loose: tuple[nn.Parameter, ...] = ()  # Weights in no module but the base, as XLNet's for masked words
 
     def parameters(self) -> Iterator[nn.Parameter]:  # Each weight tensor of the part
         "All weights of the part."
         for module in self.modules:
             yield from module.parameters()
+        yield from self.loose
 
 # %% ../nbs/03_strategy.ipynb #8db31a7d
 READ_BY_BLOCKS = ("rel_embeddings", "relative_attention_bias")  # Used inside every block, wherever they are listed
@@ -181,8 +183,9 @@ def model_parts(
     base = network.base_model
     blocks_name, blocks = find_blocks(network)
     before, after = split_at_blocks(base, blocks_name.split("."))
+    held = {id(weight) for module in (*before, *after, blocks) for weight in module.parameters()}
     return [
-        Part("embeddings", tuple(before)),
+        Part("embeddings", tuple(before), tuple(weight for weight in base.parameters() if id(weight) not in held)),
         *(Part(f"block {i}", (block,)) for i, block in enumerate(blocks)),
         Part("after blocks", tuple(after)),
         head_part(network),

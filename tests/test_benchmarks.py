@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
+from small import small_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -138,6 +139,84 @@ def test_the_grid_draws_every_class_and_gives_each_epoch_its_updates() -> None:
     assert (len(everything), nothing) == (600, [])
 
 
+@pytest.mark.parametrize(
+    ("shares", "wanted", "n_tried"),
+    [
+        ({1 / 3: 0.5, 1.0: 0.6, 3.0: 0.5}, 1.0, 3),
+        ({1 / 3: 0.5, 1.0: 0.6, 3.0: 0.7, 9.0: 0.9, 27.0: 0.8}, 9.0, 5),
+        ({1 / 3: 0.7, 1.0: 0.6, 3.0: 0.5, 1 / 9: 0.6}, 1 / 3, 4),
+        ({1 / 3: 0.5, 1.0: 0.5, 3.0: 0.5, 1 / 9: 0.5}, 1 / 3, 4),
+        ({1 / 3: 0.1, 1.0: 0.2, 3.0: 0.3, 9.0: 0.4, 27.0: 0.5, 81.0: 0.6}, 81.0, 6),
+    ],
+)
+def test_a_rate_is_the_best_with_a_worse_one_on_either_side(
+    shares: dict[float, float], wanted: float, n_tried: int
+) -> None:
+    tried = []
+
+    def valid(factor: float) -> float:
+        tried.append(factor)
+        return next(share for at, share in shares.items() if at == pytest.approx(factor))
+
+    assert strategies.best_factor(valid) == pytest.approx(wanted)
+    assert len(tried) == n_tried
+
+
+def test_the_grid_in_short_form_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_model: Path
+) -> None:
+    "Two strategies of a small model on a small task, from choosing rates to the file that lessons read."
+    rows = small_rows(400)
+    sets = {"train": rows[:100], "valid": rows[100:120], "test": rows[120:160]}
+    monkeypatch.setitem(strategies.TASKS, "reviews", lambda: sets)
+    short = {
+        "RATES": (1.0, 3.0),
+        "MOST_RATES": 2,
+        "EPOCHS": 2,
+        "UPDATES_AN_EPOCH": 3,
+        "N_TO_CHOOSE": 30,
+        "N_CHOOSING": 25,
+    }
+    for name, value in short.items():
+        monkeypatch.setattr(strategies, name, value)
+    grid = argparse.Namespace(model=str(small_model), tasks=["reviews"], strategies=["top:1", "head"], rows=[20, 1000])
+    grid.seeds, grid.idle, grid.out, grid.file = 2, False, tmp_path / "grid.jsonl", tmp_path / "grid.jsonl"
+    strategies.run(grid)
+    whole = grid.out.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert len(lines) == 2 * (2 + 2 * 2)
+    trials = [line for line in lines if line["seed"] == strategies.CHOOSING_SEED]
+    assert {line["rows"] for line in trials} == {30}
+    assert {round(line["valid"] * 25, 6) % 1 for line in trials} == {0.0}, "chosen on rows left over"
+    for line in lines:
+        right = strategies.right_rows([line])
+        assert right.shape == (1, 40) and right.mean() == line["accuracy"]
+        assert line["train_s"] is None and line["peak_mb"] > 100
+        assert line["cosine"] == pytest.approx(1.0, abs=1e-6) if line["strategy"] == "head" else line["cosine"] < 1
+    assert {line["rows"] for line in lines if line["seed"] == 0} == {20, 0}, "more than there are means all"
+    assert len({line["trained"] for line in lines}) == 2
+    grid.out.write_text("".join(line + "\n" for line in whole.splitlines()[:-1]))  # Stopped within the last cell
+    capsys.readouterr()
+    strategies.run(grid)
+    again = [json.loads(line) for line in grid.out.read_text().splitlines()]
+    for line in (lines[-1], again[-1]):
+        del line["peak_mb"]
+    assert again == lines and capsys.readouterr().out.count("valid") == 1
+    grid.idle, grid.strategies, grid.rows, grid.seeds = True, ["head"], [20], 1
+    for _ in range(2):  # The second finds all that it wants
+        strategies.run(grid)
+        timed = [json.loads(line) for line in grid.out.read_text().splitlines()]
+        assert len(timed) == len(lines) + 1 and timed[-1]["train_s"] > 0
+    monkeypatch.setattr(strategies, "STRATEGIES", ("top:1", "head"))
+    strategies.write(argparse.Namespace(json=tmp_path / "figures.json", file=grid.file))
+    figures = json.loads((tmp_path / "figures.json").read_text())["lines"]
+    assert [(line["rows"], line["strategy"]) for line in figures] == [
+        (20, "top:1"), (20, "head"), (100, "top:1"), (100, "head")
+    ]  # fmt: skip
+    assert [line["seeds"] for line in figures] == [2] * 4, "a cell that was run again counts once"
+    assert [line["train_s"] is None for line in figures] == [True, False, True, True]
+
+
 def grid_lines(ways: Mapping[str, np.ndarray], rows: int = 50) -> list[dict[str, Any]]:
     "Lines of a grid: for each strategy a trial of its rate at 1 and at 3, and at 1 a cell for each seed of `ways`."
     common = {"task": "reviews", "name": "m", "rows": rows, "lr": 1e-3, "trained": 10, "train_s": None, "cosine": 0.9}
@@ -170,6 +249,13 @@ def test_the_grid_marks_whom_nothing_shows_behind(tmp_path: Path, capsys: pytest
     assert "behind by 40.0 [" in told[2]
 
 
+def test_a_strategy_under_way_is_left_out(tmp_path: Path) -> None:
+    ways = {"full": np.ones((3, 8)), "head": np.ones((2, 8))}
+    assert [line["strategy"] for line in strategies.summaries(written(grid_lines(ways), tmp_path / "grid.jsonl"))] == [
+        "full"
+    ]
+
+
 def test_the_grid_counts_the_luck_of_a_seed(tmp_path: Path) -> None:
     "Ten points ahead on average, but thirty in one seed and none in the others: nothing is shown."
     rows = np.arange(400)
@@ -177,6 +263,7 @@ def test_the_grid_counts_the_luck_of_a_seed(tmp_path: Path) -> None:
     ways = {"full": np.array([lucky, usual, usual]), "head": np.array([usual, usual, usual])}
     full, head = strategies.summaries(written(grid_lines(ways), tmp_path / "grid.jsonl"))
     assert full["behind"] is None and full["by_seed"] == [0.8, 0.5, 0.5]
+    assert full["over_full"]["difference"] == 0 and head["over_full"]["difference"] == pytest.approx(-0.1)
     assert head["behind"]["difference"] == pytest.approx(0.1) and head["behind"]["p_holm"] > 0.3
 
 

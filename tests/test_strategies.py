@@ -346,7 +346,7 @@ def unusual(kind: str, head: str = "SequenceClassification", **changes: Any) -> 
     if kind == "XLNet":
         del shape["max_position_embeddings"]  # It has no limit
     config = getattr(transformers, f"{kind}Config")(**shape)
-    return getattr(transformers, f"{kind}{'' if head.startswith('LM') else 'For'}{head}")(config)
+    return getattr(transformers, f"{kind}{head if head == 'LMHeadModel' else f'For{head}'}")(config)
 
 
 def part_of(network: Any, name: str) -> str:
@@ -368,6 +368,14 @@ def test_what_stands_out_of_place_belongs_where_it_is_used() -> None:
     for network in (opt, deberta):
         opened = open_parts(network, parse_strategy("top:1"))
         assert opened == [name for name in ("block 1", "after blocks", "head") if name in opened]
+
+
+def test_a_weight_outside_all_modules_is_in_a_part_too() -> None:
+    network = unusual("XLNet")
+    assert part_of(network, "transformer.mask_emb") == "embeddings"
+    assert sum(count.n_weights for count in count_parts(network)) == network.num_parameters()
+    assert open_parts(network, parse_strategy("top:1")) == ["block 1", "head"]
+    assert not network.transformer.mask_emb.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["Bart", "Albert"])
