@@ -9,13 +9,14 @@ Near are tasks of everyday language (`reviews`, plain reviews of the house pharm
 are those of a field (`pharmacy`, verdicts on pairs of products; `banking`, ten intents of banking77's). `sst2` and
 `banking` are read from the folder `$LLMFT_DATA`; MINILM is a folder of all-MiniLM-L6-v2.
 
-Equal terms: the same rows, drawn anew for each seed; the same number of updates; and for each strategy its best rate,
-chosen with 200 rows of a draw that is not used otherwise on up to 400 training rows left over by it. A third of the
-default, the default and three times it are tried, and further thirds or threes while the outermost is the best. A cell
-is a process of its own, so that its peak of memory is its own, and a line in `strategies.jsonl` beside this file, or in
-the file of --out; what is there already is not run again, so the command can be stopped and called again. A cell of the
-embedded encoder takes from ten seconds to two minutes on one core. Seconds are kept where --idle says that nothing else
-runs; cells that are there without them are run again, so call it with few:
+Equal terms: the same rows, drawn anew for each seed; the same number of updates; and for each strategy its default
+rate, unless another is better by more than a standard error. A third of the default, the default and three times it are
+tried, and further thirds or threes while the outermost is chosen, with 200 rows of a draw that is not used otherwise,
+judged on 400 training rows left over by it. A cell is a process of its own, so that its peak of memory is its own, and
+a line in `strategies.jsonl` beside this file, or in the file of --out; what is there already is not run again, so the
+command can be stopped and called again. A cell of the embedded encoder takes from ten seconds to two minutes on one
+core. Seconds are kept where --idle says that nothing else runs; cells that are there without them are run again, so
+call it with few:
 
     python benchmarks/strategies.py run --idle --tasks reviews --rows 0 --seeds 1
 """
@@ -32,7 +33,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -167,13 +168,23 @@ def run_cell(cell: Cell, out: Path) -> Cell:
     return line
 
 
+def chosen_factor(
+    found: Mapping[float, float],  # Share of right answers by how many times the default rate
+) -> float:  # One of them
+    "The nearest to the default of those within a standard error of the best (the rule of Breiman et al. 1984)."
+    best = max(found.values())
+    enough = best - math.sqrt(best * (1 - best) / N_CHOOSING)
+    near = [factor for factor, share in found.items() if share >= enough]
+    return min(near, key=lambda factor: (round(abs(math.log(factor)), 6), -found[factor]))
+
+
 def best_factor(
     valid: Callable[[float], float],  # Share of right answers with so many times the default rate
-) -> float:  # The first of the best, where several are equal
-    "Try rates until the best of them has a worse one on either side."
+) -> float:  # As `chosen_factor` says
+    "Try rates until the chosen one has another on either side."
     found = {factor: valid(factor) for factor in RATES}
     while True:
-        best = max(found, key=lambda factor: found[factor])
+        best = chosen_factor(found)
         further = {min(found): best / 3, max(found): best * 3}.get(best)
         if further is None or len(found) == MOST_RATES:
             return best
@@ -218,15 +229,14 @@ def compared(best: np.ndarray, other: np.ndarray) -> PairedDifference:
 def cells_of(file: Path) -> Iterator[tuple[tuple[str, str, int], dict[str, list[Cell]]]]:
     "For each model, task and number of rows the cells of each strategy at its chosen rate."
     lines = list({tuple(line[name] for name in KEY): line for line in read_lines(file)}.values())  # The last of a cell
-    best: dict[tuple[str, str, str], Cell] = {}
+    trials: dict[tuple[str, str, str], dict[float, float]] = {}
     for line in lines:
-        key = line["name"], line["task"], line["strategy"]
-        if line["seed"] == CHOOSING_SEED and (key not in best or line["valid"] > best[key]["valid"]):
-            best[key] = line
+        if line["seed"] == CHOOSING_SEED:
+            trials.setdefault((line["name"], line["task"], line["strategy"]), {})[line["factor"]] = line["valid"]
     found: dict[tuple[str, str, int], dict[str, list[Cell]]] = {}
     for line in lines:
-        chosen = best.get((line["name"], line["task"], line["strategy"]))
-        if line["seed"] != CHOOSING_SEED and chosen and line["factor"] == chosen["factor"]:
+        tried = trials.get((line["name"], line["task"], line["strategy"]))
+        if line["seed"] != CHOOSING_SEED and tried and line["factor"] == chosen_factor(tried):
             groups = found.setdefault((line["name"], line["task"], line["rows"]), {})
             groups.setdefault(line["strategy"], []).append(line)
     for key in sorted(found, key=lambda key: (*key[:2], key[2] or math.inf)):
