@@ -153,6 +153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmft_nb.choosing': { 'llmft_nb.choosing.candidate_line': ('choosing.html#candidate_line', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.compare_bases': ('choosing.html#compare_bases', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.label_costs': ('choosing.html#label_costs', 'llmft_nb/choosing.py'),
+                                   'llmft_nb.choosing.ms_per_row': ('choosing.html#ms_per_row', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.named_rows': ('choosing.html#named_rows', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.plain_share': ('choosing.html#plain_share', 'llmft_nb/choosing.py'),
                                    'llmft_nb.choosing.probe_score': ('choosing.html#probe_score', 'llmft_nb/choosing.py'),

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small import small_rows, write_jsonl
 from test_mistakes import llmft
 
+from llmft_nb import choosing
 from llmft_nb.bases import describe_model, find_model
 from llmft_nb.choosing import compare_bases, label_costs, named_rows, probe_score, reading_facts, zero_shot_score
 from llmft_nb.core import UserError
@@ -91,6 +93,20 @@ def test_a_probe_reads_off_what_is_there(small_model: Path) -> None:
     rows = read_rows(small_rows(240))
     score = probe_score(model, rows.subset(range(180)), rows.subset(range(180, 240)))
     assert score.value > 0.6 > 1 / 3
+
+
+def test_the_time_to_read_a_row_leaves_out_what_is_done_once(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, now, passes = LLMForCausalLM.from_pretrained(small_model), [0.0], [9.0, 0.1, 0.4, 0.2]
+
+    def read(model: object, dataset: object) -> None:
+        now[0] += passes.pop(0)
+
+    monkeypatch.setattr(choosing, "pooled_features", read)
+    monkeypatch.setattr(choosing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = read_rows(small_rows(300))
+    assert choosing.ms_per_row(model, rows) == pytest.approx(1000 * 0.2 / 128)
 
 
 def test_facts_of_reading(save_small: Callable[..., Path]) -> None:
