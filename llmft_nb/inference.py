@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_length', 'predict_logits', 'probabilities', 'decide', 'name_answers', 'predict_positions', 'row_losses',
-           'last_states', 'pooled_features']
+           'last_states', 'pooled_features', 'padding_gap']
 
 # %% ../nbs/06c_inference.ipynb #f97ac9a8
 import inspect
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .data import TokenDataset, collate
-from .modeling import asking
+from .modeling import asking, probe_ids, rounding_of
 
 # %% ../nbs/06c_inference.ipynb #23e1b8d9
 def by_length(
@@ -127,9 +127,10 @@ def last_states(
     batch: dict[str, torch.Tensor],  # "input_ids", shape (N, T), and what goes with them
 ) -> torch.Tensor:  # In f32, shape (N, T, D)
     "The last hidden states; of a model of two stacks the decoder's, which a head for labels reads, a place behind."
-    if "decoder_input_ids" in inspect.signature(trunk.forward).parameters:
+    first = getattr(trunk.config, "decoder_start_token_id", None)  # Where there is none, the model knows its own
+    if "decoder_input_ids" in inspect.signature(trunk.forward).parameters and first is not None:
         ids = batch["input_ids"]
-        start = torch.full_like(ids[:, :1], trunk.config.decoder_start_token_id)
+        start = torch.full_like(ids[:, :1], first)
         batch = batch | {"decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}
     return trunk(**batch).last_hidden_state.float()
 
@@ -148,3 +149,20 @@ def pooled_features(
             mean_ND = (last_states(model.network.base_model, batch) * mask_NT1).sum(1) / mask_NT1.sum(1)
             features.update(zip(rows, mean_ND.cpu().numpy(), strict=True))
     return np.stack([features[row] for row in range(len(dataset))])
+
+# %% ../nbs/06c_inference.ipynb #06c0f002
+def padding_gap(
+    model: Any,  # One of the tunable models
+) -> float:  # Largest change of a hidden state, as a share of the largest; 0 within what rounding does
+    "By how much what fills a row up changes what a base makes of its text."
+    network, ids = model.network, probe_ids(model.network)
+    half = ids.shape[1] // 2
+    looks = torch.ones_like(ids)
+    ids[:, half:], looks[:, half:] = model.tokenizer.pad_token_id, 0
+    with asking(network) as place:
+        batch = {"input_ids": ids.to(place), "attention_mask": looks.to(place)}
+        alone = last_states(network.base_model, {name: tensor[:, :half] for name, tensor in batch.items()})
+        if alone.shape[1] != half:  # Funnel's base shortens rows
+            return 0.0
+        gap = (last_states(network.base_model, batch)[:, :half] - alone).abs().max() / alone.abs().max()
+    return float(gap) if gap > rounding_of(network) else 0.0

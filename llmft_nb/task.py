@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .adapters import apply_strategy, check_four_bit
+from .core import get_logger
 from .data import TokenDataset
-from .inference import row_losses
+from .inference import padding_gap, row_losses
 from .objectives import perplexity
 from .hparams import TrainSettings
 from .modeling import TunableModel, check_looks_back, size_head
@@ -69,6 +70,9 @@ class Task:
         )
         if model.kind == "CausalLM":
             check_looks_back(model)
+        if gap := padding_gap(model):
+            text = "%s reads what fills rows up: answers change with the rows beside them, hidden states by %.1g"
+            get_logger("task").warning(text, model.source.name, gap)
         self.fit_head(model, splits)
         initialise(model, parse_init(init), self.settings.seed)
         apply_strategy(model, chosen, self.settings.seed)

@@ -336,6 +336,8 @@ def unusual(kind: str, head: str = "SequenceClassification", **changes: Any) -> 
         "SqueezeBert": {"embedding_size": 32, "q_groups": 1, "k_groups": 1, "v_groups": 1}
         | {"post_attention_groups": 1, "intermediate_groups": 1, "output_groups": 1},
         "Falcon": {"new_decoder_architecture": False, "alibi": False},
+        "FNet": {},
+        "ConvBert": {"embedding_size": 32},
         "Mamba": {"state_size": 4},
         "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 4},
         "Rwkv": {},
@@ -445,6 +447,15 @@ def test_documents_that_would_mix_have_rows_of_their_own(
     assert caplog.text.count("would read from one document into the next") == 1
     assert run.record.data["packing"].startswith("off: ")
     assert run.record.scores["forgetting"]["ratio"]["value"] > 0
+
+
+@pytest.mark.parametrize(("kind", "said"), [("FNet", 1), ("ConvBert", 1), ("DebertaV2", 0)])
+def test_a_base_that_reads_what_fills_rows_up_is_told_of(
+    kind: str, said: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved_unusual(kind, "MaskedLM", tmp_path / "model")
+    finetune(small_rows(60), model=folder, out=tmp_path / "run", epochs=1, callbacks=(), precision="f32")
+    assert caplog.text.count("reads what fills rows up") == said
 
 
 def test_a_model_that_keeps_documents_apart_packs(small_model: Path, tmp_path: Path) -> None:
