@@ -118,7 +118,7 @@ def strategy_defaults(
     origin = "catalogue" if model_lr else "default"
     full_lr = model_lr or TrainSettings.lr
     if strategy.kind == "head":
-        return {"lr": 1e-3, "head_lr_factor": 1.0}, {"lr": "default", "head_lr_factor": "default"}
+        return {"lr": 5e-3, "head_lr_factor": 1.0}, {"lr": "default", "head_lr_factor": "default"}
     if strategy.kind in ADAPTERS:  # Ten times the rate of full tuning (Schulman et al. 2025), and the head's stays
         return {"lr": 10 * full_lr, "head_lr_factor": TrainSettings.head_lr_factor / 10}, {"lr": origin}
     if strategy.kind == "top":
