@@ -249,6 +249,7 @@ def cells_of(file: Path) -> Iterator[tuple[tuple[str, str, int], dict[str, list[
 def summaries(file: Path) -> Iterator[Cell]:
     "For each model, task, number of rows and strategy what the seeds come to, beside the best of its kind."
     for (name, task, n_rows), groups in cells_of(file):
+        n_there = n_rows or len(TASKS[task]()["train"])
         right = {strategy: right_rows(group) for strategy, group in groups.items()}
         best = max(right, key=lambda strategy: right[strategy].mean())
         paired = {name: compared(right[best], right[name]) for name in groups if name != best}
@@ -260,7 +261,7 @@ def summaries(file: Path) -> Iterator[Cell]:
                 "model": name,
                 "task": task,
                 "distance": DISTANCE[task],
-                "rows": n_rows or len(TASKS[task]()["train"]),
+                "rows": n_there,
                 "strategy": strategy,
                 "seeds": len(group),
                 "accuracy": plain_score(mean_score(right[strategy].mean(axis=0))),

@@ -101,17 +101,15 @@ def without_blank(
 # %% ../nbs/09c_text.ipynb #09c0a002
 def keeps_apart(
     model: TunableModel,  # A language model
-    causal: bool = True,  # Whether a token sees only what stands before it
-    first_position: int = 0,  # Number of a document's first position
 ) -> bool:  # False too where the architecture does not take such a mask
     "Whether a document in a shared row is read as if it stood alone."
-    ids = probe_ids(model.network)
+    ids, causal, start = probe_ids(model.network), model.kind == "CausalLM", first_position(model.network.config)
     half = ids.shape[1] // 2
     segments = {"alone": [0] * half, "as one": [0] * 2 * half, "packed": [0] * half + [1] * half}
     found = {}
     with asking(model) as place:
         for name, row in segments.items():
-            batch = {"input_ids": ids[:, -len(row) :]} | packed_inputs(torch.tensor([row]), causal, first_position)
+            batch = {"input_ids": ids[:, -len(row) :]} | packed_inputs(torch.tensor([row]), causal, start)
             try:
                 found[name] = model(**{key: values.to(place) for key, values in batch.items()})[:, -half:]
             except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
@@ -165,11 +163,10 @@ class TextTask(Task):
     def may_pack(
         self,
         model: TunableModel,  # Whose rows
-        first_position: int,  # Number of a document's first position
     ) -> bool:  # Said once where not
         "Whether documents may share rows."
         if self.keeps_apart is None:
-            self.keeps_apart = keeps_apart(model, model.kind == "CausalLM", first_position)
+            self.keeps_apart = keeps_apart(model)
             if not self.keeps_apart:
                 text = "%s would read from one document into the next, so each has rows of its own (as --no-packing)"
                 get_logger("text").warning(text, model.source.name)
@@ -185,17 +182,15 @@ class TextTask(Task):
     ) -> CorpusDataset:  # Rows of tokens on disk
         "Texts as rows of tokens."
         config, tokenizer = model.network.config, model.tokenizer
-        start = first_position(config)
-        packing = self.settings.packing and not held_out and self.may_pack(model, start)
         return build_corpus(
             rows,
             tokenizer,
             max_length=self.settings.max_length,
             objective="masked" if model.kind == "MaskedLM" else "causal",
-            packing=packing,
+            packing=self.settings.packing and not held_out and self.may_pack(model),
             overlap=self.settings.overlap,
             cache_folder=self.cache_folder,
-            first_position=start,
+            first_position=first_position(config),
             seed=self.settings.seed,
             mask_frac=TrainSettings.mask_frac if held_out else self.settings.mask_frac,
             mask_words=self.settings.mask_words and not held_out,
