@@ -40,8 +40,8 @@ def answers_of_tune(
 
 
 def right_of(answers: np.ndarray | list[str], rows: Rows) -> np.ndarray:
-    "One for each right answer, and zero for each wrong one."
-    return (np.array(answers) == np.array([row["label"] for row in rows])).astype(float)
+    "One for each right answer, and zero for each wrong one; answers are names, whatever type a label has in its file."
+    return (np.array(answers) == np.array([str(row["label"]) for row in rows])).astype(float)
 
 
 def difference(ours: np.ndarray, others: np.ndarray) -> str:

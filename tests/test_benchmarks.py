@@ -124,6 +124,12 @@ def test_measured_figures_say_what_with(tmp_path: Path) -> None:
     assert {"torch", "device", "threads"} <= set(found["environment"])
 
 
+def test_an_answer_is_right_whatever_type_a_label_has_in_its_file() -> None:
+    rows = [{"label": 0}, {"label": 1}, {"label": 1}]
+    assert tunes.right_of(["0", "1", "0"], rows).tolist() == [1.0, 1.0, 0.0]
+    assert tunes.right_of(np.array(["a", "b"]), [{"label": "a"}, {"label": "a"}]).tolist() == [1.0, 0.0]
+
+
 def test_the_grid_draws_every_class_and_gives_each_epoch_its_updates() -> None:
     rows = [{"text": f"row {i}", "label": "rare" if i == 7 else "common"} for i in range(600)]
     (few, left), again, (other, _) = (strategies.drawn(rows, 50, seed) for seed in (0, 0, 1))
