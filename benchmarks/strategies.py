@@ -106,12 +106,19 @@ def settings_of(strategy: str) -> dict[str, Any]:
     return {"strategy": name, **({"layer_decay": 0.8} if option else {})}
 
 
-def default_lr(model: str, strategy: str) -> float:
-    "The rate that the package would take."
+def default_lr(model: str, task: str, strategy: str) -> float:
+    "The rate that the package would take; a head's on the rows to choose rates with."
     from llmft_nb.bases import CATALOGUE
-    from llmft_nb.hparams import resolve_settings
+    from llmft_nb.data import TextDataset
+    from llmft_nb.hparams import head_lr, resolve_settings
+    from llmft_nb.inference import head_inputs
+    from llmft_nb.modeling import LLMForSequenceClassification
     from llmft_nb.strategy import parse_strategy
 
+    if strategy == "head":
+        reader, rows = LLMForSequenceClassification.from_pretrained(model), TASKS[task]()["train"]
+        dataset = TextDataset(drawn(rows, N_TO_CHOOSE, CHOOSING_SEED)[0], reader.tokenizer)
+        return head_lr(head_inputs(reader, dataset, range(0, len(dataset), 4)))
     model_lr = CATALOGUE[model].lr if model in CATALOGUE else None
     return resolve_settings(parse_strategy(settings_of(strategy)["strategy"]), model_lr=model_lr)[0].lr
 
@@ -199,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
         numbers = sorted({n if n < n_train else 0 for n in arguments.rows}, key=lambda n: n or n_train)
         for strategy in arguments.strategies:
             plain = {"task": task, "model": arguments.model, "name": shared_name, "strategy": strategy}
-            lr = default_lr(arguments.model, strategy)
+            lr = default_lr(arguments.model, task, strategy)
             trial = plain | {"rows": N_TO_CHOOSE, "seed": CHOOSING_SEED, "idle": False}
 
             def valid(factor: float, trial: Cell = trial, lr: float = lr) -> float:

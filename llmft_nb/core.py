@@ -170,7 +170,7 @@ class RunRecord:
     model: dict[str, Any]  # Source, revision, sha256 of the weights, licence
     data: dict[str, Any]  # Sources, sizes, label names, fingerprints, rows left out
     settings: dict[str, Any]  # Every resolved number
-    origins: dict[str, str]  # Where each setting came from: "default", "catalogue", "config" or "argument"
+    origins: dict[str, str]  # Where each came from: "default", "catalogue", "features", "config" or "argument"
     fingerprint: dict[str, str]  # What a resumed run must share with the one it goes on with
     scores: dict[str, Any] = field(default_factory=dict)  # Validation and test scores, once there are any
     seconds: dict[str, float] = field(default_factory=dict)  # Seconds of each step

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'WHOLE_NUMBERS', 'TASK_DEFAULTS', 'TrainSettings', 'strategy_defaults', 'check_strategy_settings',
-           'resolve_settings', 'read_config', 'lr_factors', 'weight_depths', 'parameter_groups']
+           'resolve_settings', 'read_config', 'head_lr', 'lr_factors', 'weight_depths', 'parameter_groups']
 
 # %% ../nbs/04_hparams.ipynb #84bf0e6e
 import json
@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .core import UserError
 from .strategy import ADAPTERS, PHASED, Strategy, model_parts
@@ -117,7 +119,7 @@ def strategy_defaults(
     "What a strategy and a model change in the defaults."
     origin = "catalogue" if model_lr else "default"
     full_lr = model_lr or TrainSettings.lr
-    if strategy.kind == "head":
+    if strategy.kind == "head":  # Until `head_lr` has seen what it reads
         return {"lr": 5e-3, "head_lr_factor": 1.0}, {"lr": "default", "head_lr_factor": "default"}
     if strategy.kind in ADAPTERS:  # Ten times the rate of full tuning (Schulman et al. 2025), and the head's stays
         return {"lr": 10 * full_lr, "head_lr_factor": TrainSettings.head_lr_factor / 10}, {"lr": origin}
@@ -192,6 +194,14 @@ def read_config(
     if not isinstance(values, dict):
         raise UserError("not a table of names and values", where=str(path), mend='write e.g. {"lr": 0.0001}')
     return {name.replace("-", "_"): value for name, value in values.items()}
+
+# %% ../nbs/04_hparams.ipynb #04a10003
+def head_lr(
+    features: np.ndarray,  # What the output layer reads of some rows, shape (N, D)
+) -> float:  # In two digits, at most 1
+    "The rate at which a step of Adam moves the logits of a usual row by one at most."
+    reach = np.abs(features).sum(axis=1).mean()
+    return float(f"{1 / max(reach, 1.0):.1e}")
 
 # %% ../nbs/04_hparams.ipynb #fee627c3
 def lr_factors(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_length', 'predict_logits', 'probabilities', 'decide', 'name_answers', 'predict_positions', 'row_losses',
-           'last_states', 'pooled_features', 'padding_gap']
+           'last_states', 'pooled_features', 'head_inputs', 'padding_gap']
 
 # %% ../nbs/06c_inference.ipynb #f97ac9a8
 import inspect
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .data import TokenDataset, collate
-from .modeling import asking, probe_ids, rounding_of
+from .modeling import TunableModel, asking, output_layer, probe_ids, rounding_of
 
 # %% ../nbs/06c_inference.ipynb #23e1b8d9
 def by_length(
@@ -149,6 +149,23 @@ def pooled_features(
             mean_ND = (last_states(model.network.base_model, batch) * mask_NT1).sum(1) / mask_NT1.sum(1)
             features.update(zip(rows, mean_ND.cpu().numpy(), strict=True))
     return np.stack([features[row] for row in range(len(dataset))])
+
+# %% ../nbs/06c_inference.ipynb #06c0f005
+def head_inputs(
+    model: TunableModel,  # Any
+    dataset: TokenDataset,  # Rows
+    indices: Sequence[int],  # Which of them, all at once
+) -> np.ndarray:  # In f32, shape (rows, D); of a tagger or a language model a line for each position asked
+    "What the output layer of a head reads, in evaluation mode."
+    parent, name, layer = output_layer(model.network)
+    batch = dataset.batch(indices)
+    batch.pop("labels", None)
+    setattr(parent, name, nn.Identity())
+    try:
+        with asking(model) as place:
+            return model(**{name: tensor.to(place) for name, tensor in batch.items()}).float().cpu().numpy()
+    finally:
+        setattr(parent, name, layer)
 
 # %% ../nbs/06c_inference.ipynb #06c0f002
 def padding_gap(

@@ -21,7 +21,15 @@ from llmft_nb.core import UserError, get_logger
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.finetune import finetune
 from llmft_nb.hparams import TrainSettings, parameter_groups
-from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
+from llmft_nb.inference import head_inputs, predict_logits
+from llmft_nb.modeling import (
+    LLMForCausalLM,
+    LLMForMaskedLM,
+    LLMForSequenceClassification,
+    TunableModel,
+    output_layer,
+    size_head,
+)
 from llmft_nb.movement import compare_models, fingerprint
 from llmft_nb.phases import plan_phases
 from llmft_nb.strategy import count_parts, match_weights, model_parts, open_parts, parse_strategy, set_modes
@@ -565,3 +573,13 @@ def test_layers_that_peft_refuses_are_told(save_small: Callable[..., Path], monk
     monkeypatch.setattr(peft, "inject_adapter_in_model", refuse)
     with pytest.raises(UserError, match=r"out_proj.*lora:4@PATTERN"):
         apply_strategy(LLMForSequenceClassification.from_pretrained(save_small("Bert")), parse_strategy("lora:4"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_head_reads_is_what_its_output_layer_multiplies(kind: str, save_small: Callable[..., Path]) -> None:
+    model = labelled(save_small(kind))
+    dataset = TextDataset(small_rows(12), model.tokenizer)
+    _, _, layer = output_layer(model.network)
+    read = torch.from_numpy(head_inputs(model, dataset, range(12)))
+    assert read.shape == (12, layer.in_features)
+    torch.testing.assert_close(layer(read).detach(), torch.from_numpy(predict_logits(model, dataset)))

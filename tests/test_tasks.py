@@ -15,7 +15,8 @@ from small import small_config, small_rows, write_jsonl
 
 from llmft_nb.core import UserError
 from llmft_nb.finetune import TASKS, FinishedRun, evaluate_predictor, finetune, make_task
-from llmft_nb.hparams import TrainSettings, resolve_settings
+from llmft_nb.hparams import TrainSettings, head_lr, resolve_settings
+from llmft_nb.inference import head_inputs
 from llmft_nb.predict import answer_words, load_predictor, open_chat
 from llmft_nb.strategy import parse_strategy
 
@@ -225,6 +226,31 @@ def test_a_tied_head_alone_cannot_be_trained(strategy, tmp_path):
     with pytest.raises(UserError, match="used twice"):
         finetune(instruct_rows(40), task="instruct", model="tiny", strategy=strategy, out=tmp_path / "run", epochs=1)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("Bert", "classify"), ("Bert", "tag"), ("Llama", "instruct"), ("Bert", "text")]
+)
+def test_a_head_alone_has_a_rate_that_suits_what_it_reads(kind, task, bases, finished, tmp_path, one_thread):
+    "Measured before the first step, kept by a run that goes on, and never in place of a rate that somebody named."
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS[task](48))
+    options = OPTIONS | {"task": task, "model": bases(kind), "strategy": "head", "general": general(tmp_path)}
+    named = finetune(data, out=tmp_path / "named", callbacks=(), **options)
+    assert (named.record.settings["lr"], named.record.origins["lr"]) == (OPTIONS["lr"], "argument")
+    del options["lr"]
+    with pytest.raises(Crash):
+        finetune(data, out=tmp_path / "run", callbacks=(CrashAt(3),), **options)
+    resumed = finetune(data, out=tmp_path / "run", resume=True, callbacks=(), **options)
+    whole = finetune(data, out=tmp_path / "whole", callbacks=(), **options)
+    assert outcome(resumed) == outcome(whole)
+    assert resumed.record.origins["lr"] == whole.record.origins["lr"] == "features"
+    assert resumed.record.settings["lr"] == whole.record.settings["lr"]
+    learnt = make_task(task, TrainSettings(max_length=OPTIONS["max_length"]))
+    splits = learnt.prepare(data, None, None, columns=None, leaks="drop")
+    model = learnt.build(bases(kind), splits, strategy="head", init="pretrained")
+    train = learnt.dataset(splits.train, model, splits.label_names)
+    steps = range(0, len(train), 2 if len(train) > 32 else 1)
+    assert whole.record.settings["lr"] == head_lr(head_inputs(model, train, steps))
 
 
 def test_tasks_are_told_by_name():
