@@ -145,8 +145,10 @@ def pooled_features(
     with asking(model) as place:
         for rows in by_length(dataset.lengths, batch_size):
             batch = {name: tensor.to(place) for name, tensor in collate(dataset, rows).items()}
-            mask_NT1 = batch["attention_mask"][:, :, None]
-            mean_ND = (last_states(model.network.base_model, batch) * mask_NT1).sum(1) / mask_NT1.sum(1)
+            states_NTD, looks_NT = last_states(model.network.base_model, batch), batch["attention_mask"]
+            if states_NTD.shape[1] != looks_NT.shape[1]:  # Funnel hands on one state for several tokens
+                looks_NT = looks_NT[:, torch.linspace(0, looks_NT.shape[1] - 1, states_NTD.shape[1]).long()]
+            mean_ND = (states_NTD * looks_NT[:, :, None]).sum(1) / looks_NT.sum(1, keepdim=True)
             features.update(zip(rows, mean_ND.cpu().numpy(), strict=True))
     return np.stack([features[row] for row in range(len(dataset))])
 

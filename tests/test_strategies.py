@@ -21,7 +21,7 @@ from llmft_nb.core import UserError, get_logger
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.finetune import finetune
 from llmft_nb.hparams import TrainSettings, parameter_groups
-from llmft_nb.inference import head_inputs, predict_logits
+from llmft_nb.inference import head_inputs, pooled_features, predict_logits
 from llmft_nb.modeling import (
     LLMForCausalLM,
     LLMForMaskedLM,
@@ -346,6 +346,7 @@ def unusual(kind: str, head: str = "SequenceClassification", **changes: Any) -> 
         "Falcon": {"new_decoder_architecture": False, "alibi": False},
         "FNet": {},
         "ConvBert": {"embedding_size": 32},
+        "Funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64},
         "Mamba": {"state_size": 4},
         "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 4},
         "Rwkv": {},
@@ -355,6 +356,8 @@ def unusual(kind: str, head: str = "SequenceClassification", **changes: Any) -> 
     shape = plain | own[kind] | changes
     if kind == "XLNet":
         del shape["max_position_embeddings"]  # It has no limit
+    if kind == "Funnel":
+        del shape["num_hidden_layers"]  # The sizes of its blocks say how many
     config = getattr(transformers, f"{kind}Config")(**shape)
     return getattr(transformers, f"{kind}{head if head == 'LMHeadModel' else f'For{head}'}")(config)
 
@@ -386,6 +389,16 @@ def test_a_weight_outside_all_modules_is_in_a_part_too() -> None:
     assert sum(count.n_weights for count in count_parts(network)) == network.num_parameters()
     assert open_parts(network, parse_strategy("top:1")) == ["block 1", "head"]
     assert not network.transformer.mask_emb.requires_grad
+
+
+def test_a_base_that_shortens_rows_has_features_all_the_same(tmp_path: Path) -> None:
+    folder = saved_unusual("Funnel", "SequenceClassification", tmp_path / "model")
+    run = finetune(small_rows(60), model=folder, out=tmp_path / "run", callbacks=(), epochs=1, max_length=32)
+    assert 0.5 < run.record.scores["forgetting"]["features"]["value"] < 1.0
+    model = LLMForSequenceClassification.from_pretrained(folder)
+    rows = [{"text": text} for text in ("the same words", "the same words", "and others on the table")]
+    one, again, other = pooled_features(model, TextDataset(rows, model.tokenizer, need_labels=False))
+    assert (one == again).all() and not (one == other).all()
 
 
 @pytest.mark.parametrize("kind", ["Bart", "Albert"])
