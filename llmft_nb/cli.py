@@ -95,6 +95,9 @@ def train(
     window: Annotated[int | None, typer.Option(help="Rows sorted by length at a time.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of head, order and dropout.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, f32 or bf16.")] = None,
+    trunk_gb: Annotated[
+        float | None, typer.Option(help="Most GB of what frozen blocks make of the rows; 0 computes it each time.")
+    ] = None,
     class_weights: Annotated[str | None, typer.Option(help="none or balanced.")] = None,
     evals_per_epoch: Annotated[int | None, typer.Option(help="How often validation rows are scored.")] = None,
     patience: Annotated[int | None, typer.Option(help="Scorings without a gain before stopping; 0 never.")] = None,

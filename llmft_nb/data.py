@@ -56,6 +56,8 @@ class TokenDataset:
     audit: Any = None  # What reading and cutting did to the rows; has `describe()`
     causal = True  # Whether a packed token sees only what stands before it
     first_position = 0  # Number of a document's first position in a packed row; RoBERTa counts from 2
+    draws = False  # Whether what a row shows is drawn anew for each epoch
+    states: Any = None  # What a frozen trunk made of the rows, while it is in use; has `rows(indices, width)`
 
     def __init__(
         self,
@@ -225,6 +227,8 @@ def collate(
     columns = dataset.tokens[chosen] if columns is None else columns
     width = int(dataset.lengths[chosen].max())
     batch = {"input_ids": pad_column(columns["input_ids"], width, dataset.tokenizer.pad_token_id)}
+    if dataset.states is not None:
+        batch["trunk_states"] = dataset.states.rows(chosen, width)
     if "token_type_ids" in columns:
         batch["token_type_ids"] = pad_column(columns["token_type_ids"], width, 0)
     if "segments" in columns:

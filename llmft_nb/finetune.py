@@ -42,6 +42,7 @@ from .tag import TagTask
 from .task import Task
 from .text import TextTask
 from .training import LLMTrainer, TrainResult
+from .trunk_states import TrunkStore
 from .validation import EarlyStopping, TestSplit
 from .weights import parse_init
 
@@ -178,26 +179,29 @@ def with_measured_rate(
 def train_model(
     model: TunableModel,  # Ready to train; changed in place
     train: TokenDataset,  # Training rows
+    valid: TokenDataset,  # Validation rows
     task: Task,  # Says which score chooses the weights
     request: Request,  # Settings, folder, and whether to go on
-    evaluate: Callable[[nn.Module], dict[str, float]],  # Scores validation rows
     record: RunRecord,  # Its fingerprint goes into the checkpoints
     *,
     callbacks: Sequence[Callback] | None,  # None: a progress bar on terminals
     trackers: Sequence[str],  # Names of accelerate's trackers
+    trunks: TrunkStore | None,  # Where states of frozen trunks are kept
 ) -> TrainResult:  # The model holds the best weights
     "Steps 6 and 7; a run stopped by a signal is marked so in its record."
     settings = request.settings
     trainer = LLMTrainer(
         model,
         settings=settings,
-        evaluate=evaluate,
+        evaluate=task.evaluate(valid),
+        valid=valid,
         monitor=task.monitor,
         strategy=request.choices["strategy"],
         stopping=EarlyStopping(settings.patience),
         folder=request.folder,
         callbacks=callbacks,
         trackers=trackers,
+        trunks=trunks,
         fingerprint=record.fingerprint,
     )
     loader = TextDataLoader(
@@ -269,6 +273,7 @@ def carry_out(
     general: Any,  # Texts to measure forgetting on; None: the shipped ones
     callbacks: Sequence[Callback] | None,  # None: a progress bar on terminals
     trackers: Sequence[str],  # Names of accelerate's trackers
+    trunks: TrunkStore | None,  # Where states of frozen trunks are kept
 ) -> FinishedRun:  # The run's folder and record
     "Train, validate, test, save."
     folder = request.folder
@@ -284,7 +289,8 @@ def carry_out(
     asked = {"text": question, "before": task.ask(model, question)} if question else {}
     clock.start("6-7 train and validate")
     evaluate = task.evaluate(valid)
-    result = train_model(model, train, task, request, evaluate, record, callbacks=callbacks, trackers=trackers)
+    options: dict[str, Any] = {"callbacks": callbacks, "trackers": trackers, "trunks": trunks}
+    result = train_model(model, train, valid, task, request, record, **options)
     fresh = build_again(request, task, splits, model)
     moved = {"first": list(result.moved), "whole": moved_record(compare_models(model.network, fresh.network))}
     del fresh
@@ -301,7 +307,8 @@ def carry_out(
     save_answers(folder, task.prediction_lines(splits.test, answers, before))
     save_model(model, folder)
     clock.start("")
-    record.model.update(moved=moved)
+    kept = "; ".join(words for words in result.trunk if words)
+    record.model.update(moved=moved, **({"trunk": kept} if kept else {}))
     record.data.update(task.data_record(splits)[0])  # Once more: texts are counted by going through them
     record = finish_record(record, scores, clock.seconds, guard.n_looks)
     write_record(folder, record)
@@ -329,6 +336,7 @@ def finetune(
     general: Any = None,  # Texts to measure forgetting on; None: some that ship
     callbacks: Sequence[Callback] | None = None,  # None: a progress bar on terminals
     trackers: Sequence[str] = (),  # Names of accelerate's trackers, e.g. "tensorboard"
+    trunks: TrunkStore | None = None,  # What frozen blocks made of rows, for several runs; None: for this one
     **settings: Any,  # Any field of `TrainSettings`; None counts as not given
 ) -> FinishedRun:  # The run's folder and record
     "Fine-tune: the nine steps as one call."
@@ -347,7 +355,7 @@ def finetune(
     splits = learnt.prepare(data, valid, test, columns=columns, leaks=leaks)
     clock.start("2-5 base, strategy, settings, weights")
     tuned = learnt.build(model, splits, strategy=strategy, init=init)
-    return carry_out(request, learnt, splits, tuned, clock, question, general, callbacks, trackers)
+    return carry_out(request, learnt, splits, tuned, clock, question, general, callbacks, trackers, trunks)
 
 # %% ../nbs/10a_finetune.ipynb #25e34184
 def training_view(

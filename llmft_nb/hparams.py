@@ -48,6 +48,7 @@ class TrainSettings:
     window: int = 2048  # Rows sorted by length at a time
     seed: int = 0  # Of the head, the order and the dropout
     precision: str = "auto"  # "auto" (by probe), "f32" or "bf16"
+    trunk_gb: float = 4.0  # Most gigabytes of what frozen blocks make of the rows; 0 computes it each time
     class_weights: str = "none"  # "none", or "balanced": rare classes count more
     evals_per_epoch: int = 1  # How often validation rows are scored
     patience: int = 0  # Scorings without a gain before stopping early; 0 never stops
@@ -94,6 +95,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("no_repeat_ngram", 0, 1000),
     ("window", 1, 10_000_000),
     ("seed", 0, 2**32 - 1),
+    ("trunk_gb", 0.0, 1e6),
     ("evals_per_epoch", 1, 1000),
     ("patience", 0, 10_000),
     ("save_every", 1, 1_000_000_000),

@@ -36,7 +36,7 @@ from llmft_nb.checkpoint import (
     weights_of,
 )
 from .core import Interrupted, UserError
-from .data import TextDataLoader
+from .data import TextDataLoader, TokenDataset
 from .hparams import TrainSettings, lr_factors, parameter_groups
 from .modeling import TunableModel, size_head
 from .objectives import balanced_class_weights
@@ -44,6 +44,8 @@ from .steps import StepPlan, backward_step, f32_attention, is_evaluation_step, m
 from .movement import Watch, moved_record
 from .phases import Phase, enter_phase, phase_at, plan_phases
 from .strategy import PHASED, Strategy, parse_strategy, set_modes
+from .trunk_cache import OpenTrunk, open_trunk, trunk_levels
+from .trunk_states import TrunkStore
 
 # %% ../nbs/06d_training.ipynb #7de78ac4
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class TrainResult:
     stopped_early: bool  # True where the stopping rule or a callback ended it
     resumed_from: int  # Step the run went on from; 0 where it began anew
     moved: tuple[dict[str, Any], ...] = ()  # What the first step of each phase moved: "step" and "parts"
+    trunk: tuple[str, ...] = ()  # What was kept of a frozen trunk in each phase, in words
 
 # %% ../nbs/06d_training.ipynb #73538d2b
 @contextlib.contextmanager
@@ -85,6 +88,8 @@ class LLMTrainer:
         trackers: Sequence[str] = (),  # Names of accelerate's trackers, e.g. "tensorboard"
         fingerprint: Mapping[str, Any] | None = None,  # What a resumed run must share beside the settings
         log_every: int = 10,  # Steps between two logged losses
+        valid: TokenDataset | None = None,  # Rows that `evaluate` reads, for a frozen trunk to be computed once for
+        trunks: TrunkStore | None = None,  # Where its states are kept; None: while the trainer lives
     ) -> None:
         if settings is None:
             settings = TrainSettings() if optimizer is None else TrainSettings(schedule="constant", warmup_frac=0.0)
@@ -95,6 +100,7 @@ class LLMTrainer:
         self.callbacks = [ProgressBar()] if callbacks is None else list(callbacks)
         self.trackers, self.log_every = list(trackers), log_every
         self.fingerprint = dict(fingerprint or {})
+        self.valid, self.trunks = valid, trunks or TrunkStore(scratch=self.folder)
 
     def train(
         self,
@@ -138,13 +144,23 @@ class Run:
     resumed_from: int = 0  # Step the run went on from
     moved: list[dict[str, Any]] = field(default_factory=list)  # What the first step of each phase moved
     is_watched: bool = False  # Whether the present phase has had its step under watch
+    levels: list[int] = field(default_factory=list)  # For each phase how many frozen blocks are computed once
+    trunk: OpenTrunk = field(default_factory=OpenTrunk)  # What is kept of the frozen blocks
+    trunk_words: list[str] = field(default_factory=list)  # The same in words, for each phase
 
     def enter(
         self,
         phase: Phase,  # One of this run's
     ) -> None:
-        "Open what a phase opens."
+        "Open what a phase opens, and compute once what stays closed."
         enter_phase(self.trainer.model.network, phase)
+        level = self.levels[self.phases.index(phase)]
+        if level != self.trunk.n_blocks:
+            self.trunk.close()
+            datasets = [self.loader.dataset, *([self.trainer.valid] if self.trainer.valid is not None else [])]
+            most_gb, store = self.trainer.settings.trunk_gb, self.trainer.trunks
+            self.trunk = open_trunk(self.trainer.model, datasets, level, most_gb, store)
+            self.trunk_words.append(self.trunk.words)
         self.is_watched = any(line["step"] > phase.first_step for line in self.moved)
 
     def tell(
@@ -197,6 +213,7 @@ def start_run(
         peaks=[group["lr"] for group in optimizer.param_groups],
         plan=StepPlan(settings, class_weights),
         phases=phases,
+        levels=trunk_levels(model.network, phases, state.n_steps, state.steps_per_epoch * accelerator.num_processes),
         movable=frozenset(name for name, weight in model.named_parameters() if weight.requires_grad),
     )
 
@@ -417,6 +434,7 @@ def finish_run(
         stopped_early=state.step < state.n_steps,
         resumed_from=run.resumed_from,
         moved=tuple(run.moved),
+        trunk=tuple(run.trunk_words),
     )
 
 # %% ../nbs/06d_training.ipynb #038988ef
@@ -424,6 +442,7 @@ def close_run(
     run: Run,  # Ended, well or not
 ) -> None:
     "Close the log and the trackers, and tell the callbacks."
+    run.trunk.close()
     run.tell("on_train_end")
     if run.metrics is not None:
         run.metrics.close()

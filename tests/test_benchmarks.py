@@ -18,6 +18,7 @@ import knowledge  # noqa: E402
 import language  # noqa: E402
 import strategies  # noqa: E402
 import tasks  # noqa: E402
+import trunk  # noqa: E402
 import tunes  # noqa: E402
 
 from llmft_nb import demo  # noqa: E402
@@ -122,6 +123,13 @@ def test_measured_figures_say_what_with(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["lines"] == [{"rows": 100}] and found["date"].startswith("20")
     assert {"torch", "device", "threads"} <= set(found["environment"])
+
+
+def test_both_ways_of_a_trunk_are_the_same_training(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMFT_DATA", raising=False)
+    plain, kept = (trunk.one_run(str(small_model), "top:1", 2, gb) for gb in (0.0, trunk.KEPT_GB))
+    assert (plain["rows"], plain["trunk"]) == (600, ("",)) and kept["trunk"][0].startswith("kept: 1 blocks")
+    assert plain["loss"] == pytest.approx(kept["loss"], abs=1e-4)
 
 
 def test_an_answer_is_right_whatever_type_a_label_has_in_its_file() -> None:

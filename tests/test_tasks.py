@@ -182,6 +182,30 @@ def test_resumed_runs_end_with_the_same_bits(kind, task, finished, bases, tmp_pa
             assert outcome(resumed) == alone
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"), [("Bert", "classify"), ("Bert", "tag"), ("Llama", "instruct"), ("Llama", "text")]
+)
+def test_a_frozen_trunk_computed_once_survives_a_crash(kind, task, bases, tmp_path, one_thread):
+    "States that are computed again have the same bits, whatever the run had done before."
+    data = write_jsonl(tmp_path / f"{task}.jsonl", ROWS[task](48))
+    options = OPTIONS | {"task": task, "model": bases(kind), "strategy": "top:1", "general": general(tmp_path)}
+    whole = finetune(data, out=tmp_path / "whole", callbacks=(), **options)
+    assert whole.record.model["trunk"].startswith("kept: 1 blocks")
+    with pytest.raises(Crash):
+        finetune(data, out=tmp_path / "run", callbacks=(CrashAt(3),), **options)
+    assert outcome(finetune(data, out=tmp_path / "run", callbacks=(), resume=True, **options)) == outcome(whole)
+    computed = finetune(data, out=tmp_path / "computed", callbacks=(), trunk_gb=0, **options)
+    assert "trunk" not in computed.record.model
+    ours, plain = (run.record.scores["validation"]["loss"] for run in (whole, computed))
+    assert ours == pytest.approx(plain, abs=1e-4)
+
+
+def test_words_masked_anew_are_computed_anew(bases, tmp_path):
+    options = OPTIONS | {"task": "text", "model": bases("Bert"), "strategy": "top:1", "general": general(tmp_path)}
+    run = finetune(ROWS["text"](48), out=tmp_path / "run", callbacks=(), **options)
+    assert run.record.model["trunk"] == "computed each time: words are masked anew for each epoch"
+
+
 @pytest.mark.parametrize(("kind", "task"), CASES)
 def test_served_as_trained(kind, task, finished, one_thread):
     run = finished(kind, task)
