@@ -2,7 +2,7 @@
 
     python benchmarks/trunk.py [--model tiny | MINILM] [--strategies top:2 head] [--rounds 3] [--threads 2]
 
-Rows are the house pharmacy's questions, or with $LLMFT_DATA every 15th of banking77's (640). Each way is a process of
+Rows are the house pharmacy's questions, or with $LLMFT_DATA 600 of banking77's, every 15th. Each way is a process of
 its own, in turn, on the same rows, seed and updates; the seconds of the training alone, the making of the states
 counted, and the peak of memory are medians over the rounds. Both ways must come to the same loss, or this stops.
 """

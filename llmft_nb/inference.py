@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_length', 'predict_logits', 'probabilities', 'decide', 'name_answers', 'predict_positions', 'row_losses',
-           'last_states', 'pooled_features', 'head_inputs', 'padding_gap']
+           'last_states', 'pooled_features', 'question', 'head_inputs', 'padding_gap']
 
 # %% ../nbs/06b_inference.ipynb #f97ac9a8
 import inspect
@@ -153,6 +153,16 @@ def pooled_features(
     return np.stack([features[row] for row in range(len(dataset))])
 
 # %% ../nbs/06b_inference.ipynb #06c0f005
+def question(
+    dataset: TokenDataset,  # Rows
+    indices: Sequence[int],  # Which of them
+    place: torch.device,  # Where they are asked
+) -> dict[str, torch.Tensor]:  # As the data set gives them, but for what is right there
+    "Some rows as a model is asked about them."
+    batch = dataset.batch(indices)
+    return {name: tensor.to(place) for name, tensor in batch.items() if name != "labels"}
+
+
 def head_inputs(
     model: TunableModel,  # Any
     dataset: TokenDataset,  # Rows
@@ -160,12 +170,10 @@ def head_inputs(
 ) -> np.ndarray:  # In f32, shape (rows, D); of a tagger or a language model a line for each position asked
     "What the output layer of a head reads, in evaluation mode."
     parent, name, layer = output_layer(model.network)
-    batch = dataset.batch(indices)
-    batch.pop("labels", None)
     setattr(parent, name, nn.Identity())
     try:
         with asking(model) as place:
-            return model(**{name: tensor.to(place) for name, tensor in batch.items()}).float().cpu().numpy()
+            return model(**question(dataset, indices, place)).float().cpu().numpy()
     finally:
         setattr(parent, name, layer)
 

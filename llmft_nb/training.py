@@ -158,8 +158,8 @@ class Run:
         if level != self.trunk.n_blocks:
             self.trunk.close()
             datasets = [self.loader.dataset, *([self.trainer.valid] if self.trainer.valid is not None else [])]
-            most_gb, store = self.trainer.settings.trunk_gb, self.trainer.trunks
-            self.trunk = open_trunk(self.trainer.model, datasets, level, most_gb, store)
+            kept_in = self.trainer.settings.trunk_gb, self.trainer.trunks, self.accelerator.mixed_precision
+            self.trunk = open_trunk(self.trainer.model, datasets, level, *kept_in)
             self.trunk_words.append(self.trunk.words)
         self.is_watched = any(line["step"] > phase.first_step for line in self.moved)
 

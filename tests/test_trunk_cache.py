@@ -19,7 +19,7 @@ from llmft_nb.inference import pooled_features, predict_logits
 from llmft_nb.modeling import LLMForSequenceClassification, size_head
 from llmft_nb.strategy import PHASED, parse_strategy
 from llmft_nb.training import LLMTrainer, TrainResult
-from llmft_nb.trunk_cache import Trunk, collect_states, open_trunk, trunk_key
+from llmft_nb.trunk_cache import Trunk, collect_states, open_trunk, trunk_keys
 from llmft_nb.trunk_states import TrunkStore
 
 KINDS = ("Bert", "Roberta", "DistilBert", "GPT2", "Llama", "Qwen3", "Gemma", "Mistral", "Phi", "Phi3")
@@ -111,4 +111,24 @@ def test_a_trunk_that_is_closed_leaves_a_model_as_it_was(save_small: Callable[..
     assert (predict_logits(model, dataset) == before).all()
     assert (pooled_features(model, TextDataset(small_rows(8, 3), model.tokenizer)) == pooled).all(), "others compute"
     assert not any("forward" in vars(module) for module in model.modules())
-    assert trunk_key(model, 1, dataset) != trunk_key(model, 2, dataset)
+    assert trunk_keys(model, 1, [dataset], "no") != trunk_keys(model, 2, [dataset], "no")
+
+
+def test_states_of_another_precision_are_others(save_small: Callable[..., Path], one_thread: None) -> None:
+    "What is multiplied in is chosen inside the model's forward, so a name has to be told of it."
+    model, store = LLMForSequenceClassification.from_pretrained(save_small("Bert")), TrunkStore()
+    apply_strategy(model, parse_strategy("top:1"))
+    dataset = TextDataset(small_rows(16), model.tokenizer)
+    for precision in ("f32", "bf16"):
+        settings = TrainSettings(epochs=2, batch_size=8, precision=precision)
+        trainer = LLMTrainer(model, settings=settings, strategy="top:1", callbacks=(), trunks=store)
+        trainer.train(TextDataLoader(dataset, batch_size=8))
+    assert len(store.kept) == 2
+
+
+def test_a_block_with_a_forward_of_its_own_gets_it_back(save_small: Callable[..., Path]) -> None:
+    model = LLMForSequenceClassification.from_pretrained(save_small("Bert"))
+    block = model.network.bert.encoder.layer[0]
+    block.forward = own = block.forward
+    Trunk(model, 1).close()
+    assert vars(block)["forward"] is own
