@@ -74,6 +74,7 @@ def train(
     micro_batch_size: Annotated[int | None, typer.Option(help="Rows computed at once.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of the body.")] = None,
     head_lr_factor: Annotated[float | None, typer.Option(help="The head's rate over the body's.")] = None,
+    head_first_lr: Annotated[float | None, typer.Option(help="The head's rate until the rest opens.")] = None,
     layer_decay: Annotated[float | None, typer.Option(help="A block's rate over that of the block above.")] = None,
     unfreeze_frac: Annotated[float | None, typer.Option(help="Share of the steps until everything is open.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices.")] = None,

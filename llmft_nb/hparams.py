@@ -29,6 +29,7 @@ class TrainSettings:
     micro_batch_size: int = 32  # Rows computed at once; smaller saves memory and changes nothing else
     lr: float = 2e-4  # Peak learning rate of the body
     head_lr_factor: float = 5.0  # The head's rate is this times the body's
+    head_first_lr: float = 0.0  # Peak rate of the head before the rest opens (head-then-full); 0: as afterwards
     layer_decay: float = 1.0  # A block's rate is this times that of the block above it
     unfreeze_frac: float = 0.5  # Share of the steps after which everything is open (gradual, head-then-full)
     weight_decay: float = 0.01  # Of matrices; biases and norms have none
@@ -82,6 +83,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("micro_batch_size", 1, 1_000_000),
     ("lr", 1e-8, 1.0),
     ("head_lr_factor", 0.01, 1000.0),
+    ("head_first_lr", 0.0, 1.0),
     ("layer_decay", 0.1, 1.0),
     ("unfreeze_frac", 0.0, 1.0),
     ("weight_decay", 0.0, 1.0),
@@ -148,6 +150,9 @@ def check_strategy_settings(
     if strategy.kind not in PHASED and origins["unfreeze_frac"] != "default":
         why, mend = f"with {strategy} nothing opens later", f"leave it out, or choose {' or '.join(PHASED)}"
         raise UserError("contradictory", where=f"unfreeze_frac {values['unfreeze_frac']}", why=why, mend=mend)
+    if strategy.kind != "head-then-full" and origins["head_first_lr"] != "default":
+        why, mend = f"with {strategy} the head has no time of its own", "leave it out, or choose head-then-full"
+        raise UserError("contradictory", where=f"head_first_lr {values['head_first_lr']}", why=why, mend=mend)
 
 
 def resolve_settings(

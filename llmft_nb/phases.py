@@ -23,6 +23,7 @@ class Phase:
     names: tuple[str, ...]  # Of the parts that are open, wholly or in part
     weights: tuple[nn.Parameter, ...]  # The open weights themselves
     restarts: bool = False  # Whether the learning rate begins its course anew
+    lr: float = 0.0  # Peak rate of all that is open; 0: as it is afterwards
 
 # %% ../nbs/03b_phases.ipynb #3b00000a
 def opening_stages(
@@ -42,19 +43,22 @@ def plan_phases(
     strategy: Strategy,  # Any; its weights are open already
     n_steps: int,  # Optimizer steps of the whole run
     unfreeze_frac: float = 0.5,  # Share of them after which everything is open
+    head_first_lr: float = 0.0,  # Peak rate of the head before the rest opens (head-then-full); 0: as afterwards
 ) -> list[Phase]:  # In the order of their steps; a single one where nothing opens later
     "When a strategy opens which weights."
     every = tuple(weight for weight in network.parameters() if weight.requires_grad)
     if strategy.kind not in PHASED:
         return [Phase(0, tuple(count.name for count in count_parts(network) if count.n_trainable), every)]
     stages, parts = opening_stages(network, strategy), {part.name: part for part in parts_or_base(network)}
+    head_first = strategy.kind == "head-then-full"
     phases: dict[int, Phase] = {}
     for i, names in enumerate(stages):
         first_step = min(round(i * unfreeze_frac * n_steps / (len(stages) - 1)), n_steps - 1)
-        weights = every
+        weights, lr = every, 0.0
         if i < len(stages) - 1:
             weights = tuple(weight for name in names for weight in part_weights(network, parts[name]))
-        phases[first_step] = Phase(first_step, names, weights, restarts=strategy.kind == "head-then-full")
+            lr = head_first_lr if head_first else 0.0
+        phases[first_step] = Phase(first_step, names, weights, head_first, lr)
     assert all(phase.weights for phase in phases.values()), "`open_parts` has seen to that"
     return list(phases.values())
 

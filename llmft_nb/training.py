@@ -133,7 +133,7 @@ class Run:
     stepper: Any  # The same, as accelerate prepared it
     state: TrainState  # Where the run stands
     factor: Callable[[int], float]  # The learning rate's course
-    peaks: list[float]  # Peak rate of each parameter group
+    peaks: list[float]  # Peak rate of each parameter group, unless the phase has one
     plan: StepPlan  # What a step needs to know
     phases: list[Phase]  # What is open when
     movable: frozenset[str]  # Names of all weights that are open at some time
@@ -143,6 +143,7 @@ class Run:
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # Kept here where there is no folder
     resumed_from: int = 0  # Step the run went on from
     moved: list[dict[str, Any]] = field(default_factory=list)  # What the first step of each phase moved
+    phase_lr: float = 0.0  # Peak rate of the present phase, where it has one of its own
     is_watched: bool = False  # Whether the present phase has had its step under watch
     levels: list[int] = field(default_factory=list)  # For each phase how many frozen blocks are computed once
     trunk: OpenTrunk = field(default_factory=OpenTrunk)  # What is kept of the frozen blocks
@@ -154,6 +155,7 @@ class Run:
     ) -> None:
         "Open what a phase opens, and compute once what stays closed."
         enter_phase(self.trainer.model.network, phase)
+        self.phase_lr = phase.lr
         level = self.levels[self.phases.index(phase)]
         if level != self.trunk.n_blocks:
             self.trunk.close()
@@ -199,7 +201,8 @@ def start_run(
         weights = balanced_class_weights(dataset.targets(range(len(dataset))), len(dataset.label_names))
         class_weights = torch.tensor(weights, device=accelerator.device)
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
-    phases = plan_phases(model.network, trainer.strategy, state.n_steps, settings.unfreeze_frac)
+    when = settings.unfreeze_frac, settings.head_first_lr
+    phases = plan_phases(model.network, trainer.strategy, state.n_steps, *when)
     restarts = [phase.first_step for phase in phases if phase.restarts and phase.first_step > 0]
     return Run(
         trainer=trainer,
@@ -239,12 +242,7 @@ def save_run(
     if trainer.folder is None or run.metrics is None:
         return
     tensors, numbers = flatten_optimizer(run.optimizer)
-    kept: dict[str, Any] = {
-        "step": state.step,
-        "stop": state.stop,
-        "best_step": state.best_step,
-        "best_score": state.best_score,
-    }
+    kept = {name: getattr(state, name) for name in ("step", "stop", "best_step", "best_score")}
     kept |= {"optimizer": numbers, "fingerprint": run_fingerprint(run), "losses": run.losses}
     kept |= {"pending": [loss.item() for loss in run.pending], "metrics_bytes": run.metrics.n_bytes}
     kept |= {"moved": run.moved}
@@ -309,7 +307,7 @@ def take_step(
     "One optimizer step, logged when due."
     state, factor = run.state, run.factor(run.state.step)
     for group, peak in zip(run.optimizer.param_groups, run.peaks, strict=True):
-        group["lr"] = peak * factor
+        group["lr"] = (run.phase_lr or peak) * factor
     loss = backward_step(run.accelerator, run.model, run.loader, rows, state.step, run.plan)
     weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
     norm = run.accelerator.clip_grad_norm_(weights, run.trainer.settings.max_grad_norm or float("inf"))

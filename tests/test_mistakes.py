@@ -181,6 +181,7 @@ MISTAKES: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "layers without a name": ({"strategy": "layers:"}, ["no pattern", "strategy layers:"]),
     "rates by layer for a head": ({"strategy": "head", "layer-decay": "0.5"}, ["contradictory", "layer_decay 0.5"]),
     "opening of what is open": ({"unfreeze-frac": "0.5"}, ["contradictory", "unfreeze_frac 0.5", "choose gradual"]),
+    "a head's own time": ({"head-first-lr": "0.1"}, ["contradictory", "head_first_lr 0.1", "choose head-then-full"]),
     "unknown init": ({"init": "zeros"}, ["unknown init", "init zeros", "choose pretrained"]),
     "init larger than the model": ({"init": "top:3"}, ["2 blocks", "init top:3", "top:1 to top:2"]),
     "no such model path": ({"model": "./no/such/model"}, ["no such model", "tiny"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,7 +225,8 @@ def test_phases_open_at_their_steps(save_small: Callable[..., Path]) -> None:
     ]
 
 
-def test_the_rate_begins_anew_when_the_body_opens(save_small: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("head_first_lr", [0.0, 2e-2])
+def test_the_rate_begins_anew_when_the_body_opens(head_first_lr: float, save_small: Callable[..., Path]) -> None:
     rates: list[float] = []
 
     class Note:
@@ -234,9 +236,13 @@ def test_the_rate_begins_anew_when_the_body_opens(save_small: Callable[..., Path
     model = labelled(save_small("Llama"))
     apply_strategy(model, parse_strategy("head-then-full"))
     settings = TrainSettings(epochs=4, batch_size=4, lr=1e-3, warmup_frac=0.0, precision="f32", head_lr_factor=1.0)
+    settings = replace(settings, head_first_lr=head_first_lr)
     loader = TextDataLoader(TextDataset(small_rows(12), model.tokenizer), batch_size=4)
     LLMTrainer(model, settings=settings, strategy="head-then-full", callbacks=[Note()], log_every=1).train(loader)
-    assert rates == pytest.approx([1e-3 * (1 - step / 6) for step in range(6)] * 2)
+    falling = [1 - step / 6 for step in range(6)]
+    assert rates == pytest.approx(
+        [(head_first_lr or 1e-3) * part for part in falling] + [1e-3 * part for part in falling]
+    )
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])

@@ -253,28 +253,36 @@ def test_a_tied_head_alone_cannot_be_trained(strategy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "task"), [("Bert", "classify"), ("Bert", "tag"), ("Llama", "instruct"), ("Bert", "text")]
+    ("kind", "task", "strategy"),
+    [
+        *(("Bert", task, "head") for task in ("classify", "tag", "text")),
+        ("Llama", "instruct", "head"),
+        ("Bert", "classify", "head-then-full"),
+        ("Llama", "instruct", "head-then-full"),
+    ],
 )
-def test_a_head_alone_has_a_rate_that_suits_what_it_reads(kind, task, bases, finished, tmp_path, one_thread):
+def test_a_head_alone_has_a_rate_that_suits_what_it_reads(kind, task, strategy, bases, finished, tmp_path, one_thread):
     "Measured before the first step, kept by a run that goes on, and never in place of a rate that somebody named."
+    rate = {"head": "lr", "head-then-full": "head_first_lr"}[strategy]
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS[task](48))
-    options = OPTIONS | {"task": task, "model": bases(kind), "strategy": "head", "general": general(tmp_path)}
-    named = finetune(data, out=tmp_path / "named", callbacks=(), **options)
-    assert (named.record.settings["lr"], named.record.origins["lr"]) == (OPTIONS["lr"], "argument")
-    del options["lr"]
+    options = OPTIONS | {"task": task, "model": bases(kind), "strategy": strategy, "general": general(tmp_path)}
+    named = finetune(data, out=tmp_path / "named", callbacks=(), **(options | {rate: 0.004}))
+    assert (named.record.settings[rate], named.record.origins[rate]) == (0.004, "argument")
+    if strategy == "head":
+        del options["lr"]
     with pytest.raises(Crash):
         finetune(data, out=tmp_path / "run", callbacks=(CrashAt(3),), **options)
     resumed = finetune(data, out=tmp_path / "run", resume=True, callbacks=(), **options)
     whole = finetune(data, out=tmp_path / "whole", callbacks=(), **options)
     assert outcome(resumed) == outcome(whole)
-    assert resumed.record.origins["lr"] == whole.record.origins["lr"] == "features"
-    assert resumed.record.settings["lr"] == whole.record.settings["lr"]
+    assert resumed.record.origins[rate] == whole.record.origins[rate] == "features"
+    assert resumed.record.settings[rate] == whole.record.settings[rate]
     learnt = make_task(task, TrainSettings(max_length=OPTIONS["max_length"]))
     splits = learnt.prepare(data, None, None, columns=None, leaks="drop")
-    model = learnt.build(bases(kind), splits, strategy="head", init="pretrained")
+    model = learnt.build(bases(kind), splits, strategy=strategy, init="pretrained")
     train = learnt.dataset(splits.train, model, splits.label_names)
     steps = range(0, len(train), 2 if len(train) > 32 else 1)
-    assert whole.record.settings["lr"] == head_lr(head_inputs(model, train, steps))
+    assert whole.record.settings[rate] == head_lr(head_inputs(model, train, steps))
 
 
 def test_tasks_are_told_by_name():
