@@ -101,8 +101,8 @@ def trainer_of(job: Job, **options: Any) -> Callable[[], Losses]:
 
 def trl_of(job: Job, packed: bool) -> Callable[[], Losses]:
     "TRL's SFTTrainer, loss on the answers alone; packed, a row holds as many tokens as an update of the others."
-    from trl import SFTConfig, SFTTrainer
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+    from trl import SFTConfig, SFTTrainer
 
     set_verbosity_error()
     disable_progress_bar()

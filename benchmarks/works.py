@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from llmft_nb.adapters import apply_strategy
 from llmft_nb.bases import find_model, load_tokenizer, quiet_loading
@@ -127,7 +126,10 @@ def instruct_rows() -> tuple[Rows, Rows]:
     if folder := folder_of("rasbt_instruct"):
         train, test = (read_rows(folder / f"{s}.jsonl", {"output": "completion"}) for s in ("train", "test"))
         return tuple(check_instruct(rows, prompt_template=PROMPT) for rows in (train, test))
-    return tuple(check_instruct(read_rows("pharmacy", split=split)) for split in ("train", "test"))
+    return tuple(
+        check_instruct(read_rows("pharmacy", {"text": "prompt", "reason": "completion"}, split))
+        for split in ("train", "test")
+    )
 
 
 def instruct_job(work: Work, seed: int, model_name: str) -> Job:

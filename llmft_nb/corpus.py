@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .core import UserError, get_logger, sha256_json, stream_seed, sync_folder, write_atomic
-from .data import TokenDataset, collate
+from .data import TokenDataset, collate, with_asked_places
 from .formats import counted
 from llmft_nb.packing import (
     Piece,
@@ -192,7 +192,7 @@ class CorpusDataset(TokenDataset):
         batch["labels"] = torch.from_numpy(np.concatenate([right for _, _, right in drawn])).long()
         shown = torch.from_numpy(np.concatenate([shown for _, shown, _ in drawn])).long()
         batch["input_ids"].view(-1)[batch["keep"]] = shown
-        return batch
+        return with_asked_places(self, batch)
 
 # %% ../nbs/01f_corpus.ipynb #3155b0de
 def token_ids(

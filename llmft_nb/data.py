@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['label_numbers', 'token_table', 'TokenDataset', 'column_lengths', 'table_digest', 'TextDataset', 'pad_column',
-           'collate', 'packed_inputs', 'random_order', 'step_order', 'TextDataLoader']
+           'collate', 'with_asked_places', 'packed_inputs', 'random_order', 'step_order', 'TextDataLoader']
 
 # %% ../nbs/01c_data.ipynb #b0c9a25e
 import hashlib
@@ -57,6 +57,7 @@ class TokenDataset:
     causal = True  # Whether a packed token sees only what stands before it
     first_position = 0  # Number of a document's first position in a packed row; RoBERTa counts from 2
     draws = False  # Whether what a row shows is drawn anew for each epoch
+    shows_asked = False  # Whether batches say row by row where they are asked, while the last block wants to know
     states: Any = None  # What a frozen trunk made of the rows, while it is in use; has `rows(indices, width)`
 
     def __init__(
@@ -103,7 +104,7 @@ class TokenDataset:
         labels = pad_column(columns["labels"], batch["input_ids"].shape[1], NO_TARGET)
         batch["keep"] = torch.nonzero(labels.flatten() != NO_TARGET).flatten()
         batch["labels"] = labels.flatten()[batch["keep"]]
-        return batch
+        return with_asked_places(self, batch)
 
 # %% ../nbs/01c_data.ipynb #addf05e9
 def column_lengths(
@@ -236,6 +237,24 @@ def collate(
         return batch | packed_inputs(segments, dataset.causal, dataset.first_position)
     batch["attention_mask"] = pad_column([[1] * int(n) for n in dataset.lengths[chosen]], width, 0)
     return batch
+
+# %% ../nbs/01c_data.ipynb #01c0a002
+def with_asked_places(
+    dataset: TokenDataset,  # Where the rows are
+    batch: "dict[str, torch.Tensor]",  # With "input_ids" (N, T) and "keep" (S,), on the host; changed in place
+) -> "dict[str, torch.Tensor]":  # The same; where the data set is to say so with "asked_places" (N, most of a row)
+    "Say for each row where it is asked."
+    import torch
+
+    if not dataset.shows_asked:
+        return batch
+    n_rows, width = batch["input_ids"].shape
+    owners = batch["keep"] // width
+    counts = torch.bincount(owners, minlength=n_rows)
+    first = counts.cumsum(0) - counts
+    places = torch.full((n_rows, max(1, int(counts.max()))), -1)
+    places[owners, torch.arange(len(owners)) - first[owners]] = batch["keep"] % width
+    return batch | {"asked_places": places}
 
 # %% ../nbs/01c_data.ipynb #080aad61
 def packed_inputs(
