@@ -146,7 +146,7 @@ def new_token_room(
     if getattr(config, "is_encoder_decoder", False) or not network.can_generate():
         name = type(network).__name__
         raise UserError(f"{name} is not a causal model", mend="load it by AutoModelForCausalLM, or take a decoder")
-    limit, n_vocabulary = position_limit(config), network.get_input_embeddings().weight.shape[0]
+    limit, n_vocabulary = position_limit(config), network.get_input_embeddings().num_embeddings
     room = []
     for row, ids in enumerate(prompts_ids):
         where = f"prompt of row {row}"
@@ -288,7 +288,7 @@ def generate(
     prompts = [[int(token) for token in ids] for ids in prompts_ids]
     room = new_token_room(network, prompts, max_new_tokens)
     stops = end_ids(network, tokenizer, stop_ids)
-    n_vocabulary = network.get_input_embeddings().weight.shape[0]
+    n_vocabulary = network.get_input_embeddings().num_embeddings
     known_pad = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < n_vocabulary
     pad_id = tokenizer.pad_token_id if known_pad else 0
     answers: dict[int, Generated] = {}

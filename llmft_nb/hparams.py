@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'WHOLE_NUMBERS', 'TASK_DEFAULTS', 'TrainSettings', 'strategy_defaults', 'check_strategy_settings',
-           'resolve_settings', 'read_config', 'head_lr', 'lr_factors', 'weight_depths', 'parameter_groups']
+           'resolve_settings', 'read_config', 'head_lr', 'lr_factors', 'weight_depths', 'owners', 'parameter_groups']
 
 # %% ../nbs/04_hparams.ipynb #84bf0e6e
 import json
@@ -253,6 +253,14 @@ def weight_depths(
     return depths
 
 
+def owners(
+    network: Any,  # A transformers model
+    weight: Any,  # One of its weights
+) -> list[Any]:  # Modules
+    "Which modules have a weight; more than one where it is tied."
+    return [module for module in network.modules() if any(one is weight for one in module._parameters.values())]
+
+
 def parameter_groups(
     network: Any,  # A transformers model with a task head, its open weights chosen
     settings: TrainSettings,  # Rates and decay
@@ -261,11 +269,14 @@ def parameter_groups(
     inside = f"{network.base_model_prefix}."
     depths = weight_depths(network) if settings.layer_decay < 1 else {}
     groups: dict[tuple[str, bool, int], list[Any]] = {}
+    embedding = network.get_input_embeddings()
+    table = embedding.weight if owners(network, embedding.weight) == [embedding] else None
     for name, weight in network.named_parameters():
         if weight.requires_grad:
             is_pooler = ".pooler." in name
             part = "body" if name.startswith(inside) and not is_pooler else "head"
-            groups.setdefault((part, weight.dim() >= 2, depths.get(id(weight), 0)), []).append(weight)
+            is_matrix = weight.dim() >= 2 and weight is not table
+            groups.setdefault((part, is_matrix, depths.get(id(weight), 0)), []).append(weight)
     return [
         {
             "name": f"{part}{f' {depth} down' if depth else ''}, {'matrices' if is_matrix else 'vectors'}",

@@ -7,6 +7,7 @@ __all__ = ['TrainResult', 'LLMTrainer', 'Run', 'start_run', 'run_fingerprint', '
            'take_step', 'write_values', 'log_step', 'score_run', 'run_steps', 'finish_run', 'close_run']
 
 # %% ../nbs/06d_training.ipynb #98053395
+import contextlib
 import json
 import math
 import time
@@ -36,10 +37,10 @@ from llmft_nb.checkpoint import (
 )
 from .core import Interrupted, UserError
 from .data import TextDataLoader, TokenDataset
+from .embedding_rows import OpenEmbedding, open_embedding
 from .hparams import TrainSettings, lr_factors, parameter_groups
-from .last_block import LastBlock, open_last_block
+from .last_block import open_last_block
 from .modeling import TunableModel, size_head
-from .objectives import balanced_class_weights
 from llmft_nb.steps import (
     StepPlan,
     backward_step,
@@ -48,6 +49,7 @@ from llmft_nb.steps import (
     is_evaluation_step,
     make_accelerator,
     own_random_stream,
+    plan_steps,
     swap_parameters,
 )
 from .movement import Watch, moved_record
@@ -111,8 +113,9 @@ class LLMTrainer:
         resume: bool = False,  # Go on from the newest whole checkpoint in the folder, if there is one
     ) -> TrainResult:  # What came of it; the model holds the best weights
         "Train; the head is sized from the loader's labels first."
-        with own_random_stream(), SignalGuard(active=self.folder is not None) as guard:
-            run = start_run(self, loader, epochs or self.settings.epochs)
+        is_kept = self.folder is not None
+        with own_random_stream(), SignalGuard(active=is_kept) as guard, contextlib.ExitStack() as closing:
+            run = start_run(self, loader, epochs or self.settings.epochs, closing)
             try:
                 open_folder(run, resume)
                 with f32_attention(self.model.network, run.accelerator):
@@ -148,7 +151,7 @@ class Run:
     is_watched: bool = False  # Whether the present phase has had its step under watch
     levels: list[int] = field(default_factory=list)  # For each phase how many frozen blocks are computed once
     datasets: list[TokenDataset] = field(default_factory=list)  # Rows that are read again and again
-    last: LastBlock | None = None  # Computes where it is read; None: everywhere
+    embedding: OpenEmbedding = field(default_factory=OpenEmbedding)  # What is kept from the optimizer
     trunk: OpenTrunk = field(default_factory=OpenTrunk)  # What is kept of the frozen blocks
     trunk_words: list[str] = field(default_factory=list)  # The same in words, for each phase
 
@@ -173,8 +176,8 @@ class Run:
         *values: Any,  # What it is told beside the state
     ) -> None:
         "Tell every callback, on the first process."
-        if self.accelerator.is_main_process:
-            for callback in self.trainer.callbacks:
+        with self.embedding.as_it_was():
+            for callback in self.trainer.callbacks if self.accelerator.is_main_process else ():
                 getattr(callback, event)(self.state, *values)
 
 # %% ../nbs/06d_training.ipynb #ffdac0b6
@@ -182,6 +185,7 @@ def start_run(
     trainer: LLMTrainer,  # What the user chose
     loader: TextDataLoader,  # Training rows, with labels
     epochs: int,  # Passes over them
+    closing: contextlib.ExitStack,  # What is opened here is closed with it
 ) -> Run:  # Ready for its first step
     "Size the head, place the model, make the optimizer."
     model, settings, dataset = trainer.model, trainer.settings, loader.dataset
@@ -193,19 +197,17 @@ def start_run(
     if dataset.label_names:
         replaced = size_head(model, dataset.label_names, multi_label=dataset.multi_label, seed=settings.seed)
     model.to(accelerator.device)
-    optimizer = trainer.optimizer
-    if optimizer is None:
-        optimizer = torch.optim.AdamW(parameter_groups(model.network, settings), fused=True)
-    else:
+    datasets = [dataset, *([trainer.valid] if trainer.valid is not None else [])]
+    embedding = open_embedding(model, [dataset], accelerator.num_processes, trainer.optimizer is not None)
+    closing.callback(embedding.close)
+    if last := open_last_block(model, datasets):
+        closing.callback(last.close)
+    optimizer = trainer.optimizer or torch.optim.AdamW(parameter_groups(model.network, settings), fused=True)
+    if trainer.optimizer is not None:
         swap_parameters(optimizer, replaced)
-    class_weights = None
-    if settings.class_weights == "balanced" and dataset.label_names:
-        weights = balanced_class_weights(dataset.targets(range(len(dataset))), len(dataset.label_names))
-        class_weights = torch.tensor(weights, device=accelerator.device)
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
     when = settings.unfreeze_frac, settings.head_first_lr
     phases = plan_phases(model.network, trainer.strategy, state.n_steps, *when)
-    datasets = [dataset, *([trainer.valid] if trainer.valid is not None else [])]
     restarts = [phase.first_step for phase in phases if phase.restarts and phase.first_step > 0]
     return Run(
         trainer=trainer,
@@ -217,12 +219,12 @@ def start_run(
         state=state,
         factor=lr_factors(settings.schedule, state.n_steps, settings.warmup_frac, restarts),
         peaks=[group["lr"] for group in optimizer.param_groups],
-        plan=StepPlan(settings, class_weights),
+        plan=plan_steps(settings, dataset, accelerator.device),
         phases=phases,
         levels=trunk_levels(model.network, phases, state.n_steps, state.steps_per_epoch * accelerator.num_processes),
         movable=frozenset(name for name, weight in model.named_parameters() if weight.requires_grad),
         datasets=datasets,
-        last=open_last_block(model, datasets),
+        embedding=embedding,
     )
 
 # %% ../nbs/06d_training.ipynb #827ea0b1
@@ -250,8 +252,7 @@ def save_run(
     kept = {name: getattr(state, name) for name in ("step", "stop", "best_step", "best_score")}
     kept |= {"optimizer": numbers, "fingerprint": run_fingerprint(run), "losses": run.losses}
     kept |= {"pending": [loss.item() for loss in run.pending], "metrics_bytes": run.metrics.n_bytes}
-    kept |= {"moved": run.moved}
-    kept |= {"stopping": trainer.stopping.state() if trainer.stopping else {}}
+    kept |= {"moved": run.moved, "stopping": trainer.stopping.state() if trainer.stopping else {}}
     parent, name = trainer.folder / "checkpoints", checkpoint_name("step", state.step)
     saved = save_checkpoint(parent, name, weights_of(trainer.model, run.movable) | tensors, kept)
     rotate_checkpoints(parent)
@@ -361,7 +362,8 @@ def score_run(
     "Score the validation rows, keep the best weights, and ask the stopping rule."
     trainer, state = run.trainer, run.state
     assert trainer.evaluate is not None
-    scores = trainer.evaluate(trainer.model)
+    with run.embedding.as_it_was():
+        scores = trainer.evaluate(trainer.model)
     set_modes(trainer.model.network)
     if trainer.monitor not in scores:
         raise UserError("not among the scores", where=f"monitor {trainer.monitor}", mend=f"one of {', '.join(scores)}")
@@ -441,8 +443,6 @@ def close_run(
 ) -> None:
     "Close the log and the trackers, and tell the callbacks."
     run.trunk.close()
-    if run.last is not None:
-        run.last.close()
     run.tell("on_train_end")
     if run.metrics is not None:
         run.metrics.close()

@@ -193,7 +193,12 @@ def test_dropout_is_off_where_frozen(save_small: Callable[..., Path]) -> None:
     model = LLMForSequenceClassification.from_pretrained(save_small("Bert", hidden_dropout_prob=0.5))
     open_parts(model.network, parse_strategy("head"))
     seen: list[torch.Tensor] = []
-    model.network.bert.register_forward_hook(lambda module, given, out: seen.append(out.last_hidden_state.clone()))
+
+    def note(module: nn.Module, given: Any, out: Any) -> None:
+        if model.network.classifier.training:  # No trial of the model
+            seen.append(out.last_hidden_state.clone())
+
+    model.network.bert.register_forward_hook(note)
     loader = TextDataLoader(TextDataset(small_rows(8), model.tokenizer), batch_size=8)
     LLMTrainer(model, settings=plain_settings(epochs=2, trunk_gb=0)).train(loader)
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
@@ -333,8 +338,12 @@ def test_bf16_where_asked_for(small_model: Path) -> None:
     for precision in ("f32", "bf16"):
         model = LLMForSequenceClassification.from_pretrained(small_model)
         seen: list[torch.dtype] = []
-        layer = model.network.model.layers[0].mlp.down_proj
-        layer.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out.dtype))
+
+        def note(module: nn.Module, given: Any, out: torch.Tensor, seen: list[torch.dtype] = seen) -> None:
+            if module.training:
+                seen.append(out.dtype)
+
+        model.network.model.layers[0].mlp.down_proj.register_forward_hook(note)
         loader = TextDataLoader(TextDataset(rows, model.tokenizer), batch_size=8)
         settings = plain_settings(precision=precision, lr=2e-3)  # At 1e-2 the paths of this small network part
         result = LLMTrainer(model, settings=settings, log_every=1).train(loader)
