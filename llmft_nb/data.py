@@ -8,6 +8,7 @@ __all__ = ['label_numbers', 'token_table', 'TokenDataset', 'column_lengths', 'ta
 
 # %% ../nbs/01c_data.ipynb #b0c9a25e
 import hashlib
+from itertools import chain
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -212,10 +213,10 @@ def pad_column(
     "Rows of different lengths as one rectangle, filled up on the right."
     import torch
 
-    padded = torch.full((len(rows), width), filler, dtype=torch.int64)
-    for k, numbers in enumerate(rows):
-        padded[k, : len(numbers)] = torch.as_tensor(numbers)
-    return padded
+    lengths = np.array([len(numbers) for numbers in rows], dtype=np.int64)
+    padded = np.full((len(rows), width), filler, dtype=np.int64)
+    padded[np.arange(width) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
+    return torch.from_numpy(padded)
 
 # %% ../nbs/01c_data.ipynb #e45a5d77
 def collate(
@@ -224,6 +225,8 @@ def collate(
     columns: Mapping[str, list[Any]] | None = None,  # The same rows, where they have been read already
 ) -> "dict[str, torch.Tensor]":  # input_ids, attention_mask (N, T), perhaps token_type_ids; for packed rows more
     "Put rows into one rectangle, padded on the right to the longest of them."
+    import torch
+
     chosen = [int(i) for i in indices]
     columns = dataset.tokens[chosen] if columns is None else columns
     width = int(dataset.lengths[chosen].max())
@@ -235,7 +238,8 @@ def collate(
     if "segments" in columns:
         segments = pad_column(columns["segments"], width, -1)
         return batch | packed_inputs(segments, dataset.causal, dataset.first_position)
-    batch["attention_mask"] = pad_column([[1] * int(n) for n in dataset.lengths[chosen]], width, 0)
+    is_token = np.arange(width) < dataset.lengths[chosen][:, None]
+    batch["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
     return batch
 
 # %% ../nbs/01c_data.ipynb #01c0a002
