@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 NB ?=
+MODEL ?= tiny-encoder
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ export GOMP_SPINCOUNT ?= 1000
 UNSET := env -u IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab export wheel notebooks clean
+.PHONY: help demo test lab export wheel notebooks bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -45,6 +46,9 @@ wheel: $(VENV)/.dev ## Build the wheel and the source archive into dist/
 notebooks: $(VENV)/.dev ## Run the notebooks in the student's size and store their outputs (NB="03_strategy …" for some)
 	$(UNSET) $(BIN)/python tools/notebooks.py run $(NB)
 
+bench: $(VENV)/.bench ## Train side by side with other trainers (MODEL=folder of all-MiniLM-L6-v2; LLMFT_DATA: data sets)
+	$(BIN)/python benchmarks/bench.py --model $(MODEL) --write
+
 clean: ## Remove what was built; the environment and finished runs stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache nbs/.ipynb_checkpoints nbs/.last_checked
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
@@ -60,6 +64,10 @@ ifneq ($(TORCH_INDEX),)
 	$(PIP) install --index-url $(TORCH_INDEX) $(TORCH)
 endif
 	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.base
+	$(PIP) install -c constraints.txt -e ".[bench]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base

@@ -7,7 +7,8 @@ Each run is a process of its own, and the contestants take turns. Seconds are of
 kept states counted, tokenising and loading not; of the whole process too, which starts with the imports. Tokens are
 counted without padding. Memory is the peak of the process until the last update. Losses are means over the last
 updates, the score is of test rows: accuracy in per cent, or perplexity of the right answers. Ratios are of medians,
-with the lowest and highest of the rounds.
+with the lowest and highest of the rounds, each with a seed of its own; losses and scores are means over the seeds with
+their standard deviation. The share of the peak is by the products of the plain way, the same for everybody.
 
 Everybody computes in f32. With $LLMFT_DATA and MINILM, a folder of all-MiniLM-L6-v2, the rows are of banking77 and
 rasbt_instruct; without, of the house pharmacy, and the encoder is the embedded one. `--write` keeps the table in
@@ -55,12 +56,12 @@ def products_per_second(n: int = 1024, n_times: int = 20) -> float:
     return statistics.median(found)
 
 
-def one_run(work: str, contestant: str, seed: int, model: str) -> Run:
+def one_run(work: str, contestant: str, seed: int, model: str, n_rows: int) -> Run:
     "Train once in this process."
     from peers import CONTESTANTS
     from works import make_job
 
-    job = make_job(work, seed, model)
+    job = make_job(work, seed, model, n_rows)
     run = CONTESTANTS[contestant](job)
     started = time.perf_counter()
     losses = run()
@@ -75,7 +76,8 @@ def one_run(work: str, contestant: str, seed: int, model: str) -> Run:
 
 def in_a_process(work: str, contestant: str, seed: int, arguments: argparse.Namespace) -> Run:
     "The same in a process of its own, with its whole time."
-    command = [sys.executable, __file__, "--model", arguments.model, "--inside", work, contestant, str(seed)]
+    options = ["--model", arguments.model, "--rows", str(arguments.rows)]
+    command = [sys.executable, __file__, *options, "--inside", work, contestant, str(seed)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
     started = time.perf_counter()
@@ -112,10 +114,16 @@ def summary(work: str, runs: dict[str, list[Run]]) -> list[Run]:
     return lines
 
 
+def over_seeds(values: list[float]) -> str:
+    "The mean, and the standard deviation from seed to seed."
+    spread = f" ±{statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
 def say(lines: list[Run]) -> bool:
     "Print a work's table; whether every figure asked for is reached."
     print(f"\n{lines[0]['work']}")
-    print("                   s   process   rows/s  tokens/s    MB   loss  score")
+    print("                   s   process   rows/s  tokens/s    MB          loss         score")
     reached = True
     leanest = min(line["peak_mb"] for line in lines[1:])
     for line in lines:
@@ -135,7 +143,8 @@ def say(lines: list[Run]) -> bool:
                 reached &= line["ratio"] >= line["asked"]
         print(
             f"{line['who']:<15} {line['seconds']:6.1f} {line['process_s']:8.1f} {line['rows_s']:8.1f} "
-            f"{line['tokens_s']:9.0f} {line['peak_mb']:5.0f} {line['loss']:6.3f} {line['score']:6.2f}{words}",
+            f"{line['tokens_s']:9.0f} {line['peak_mb']:5.0f} {over_seeds(line['loss']):>13} "
+            f"{over_seeds(line['score']):>13}{words}",
             flush=True,
         )
     return reached
@@ -165,6 +174,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-encoder", help="the encoder: a folder, or tiny-encoder")
     parser.add_argument("--works", nargs="+", help="some of them; else all")
     parser.add_argument("--who", nargs="+", help="some of the contestants beside ours; else all")
+    parser.add_argument("--rows", type=int, default=0, help="training rows, for a trial; else what is measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the table and draw the picture")
@@ -172,7 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.inside:
         work, contestant, seed = arguments.inside
-        print(json.dumps(one_run(work, contestant, int(seed), arguments.model)))
+        print(json.dumps(one_run(work, contestant, int(seed), arguments.model, arguments.rows)))
         return
     from works import WORKS
 

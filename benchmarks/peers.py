@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from works import DECAY, MOST_NORM, WARMUP, Job
+from works import DECAY, MOST_NORM, WARMUP, WIDTH, Job
 
 LOG_EVERY = 5  # Updates between two losses
 Losses = list[tuple[int, float]]  # Updates done, and the mean loss since the last one
@@ -29,7 +29,8 @@ def columns_of(job: Job) -> Any:
     "The same tokens and targets as transformers' collators take them, with the lengths of the rows."
     from datasets import Dataset
 
-    rows = [job.train[i] for i in range(len(job.train))]
+    dataset = job.loose or job.train
+    rows = [dataset[i] for i in range(len(dataset))]
     found: dict[str, Any] = {"input_ids": [row["input_ids"] for row in rows]}
     found["attention_mask"] = [[1] * len(row["input_ids"]) for row in rows]
     if "token_type_ids" in rows[0]:
@@ -52,12 +53,12 @@ def collator_of(job: Job) -> Any:
 
 def arguments_of(job: Job, folder: str) -> dict[str, Any]:
     "The same numbers as ours, under transformers' names; what is not named is its default."
-    work, n_rows = job.work, len(job.train)
-    n_updates = work.epochs * -(-n_rows // work.batch_size)
+    work, n_updates = job.work, job.work.epochs * -(-len(job.train) // job.work.batch_size)
+    n_loose = len(job.loose or job.train)  # Rows of theirs for an update of ours
     return {
         "output_dir": folder,
         "num_train_epochs": work.epochs,
-        "per_device_train_batch_size": work.batch_size,
+        "per_device_train_batch_size": -(-n_loose * work.epochs // n_updates) if job.loose else work.batch_size,
         "learning_rate": work.lr,
         "warmup_steps": round(WARMUP * n_updates),
         "weight_decay": DECAY,
@@ -107,10 +108,11 @@ def trl_of(job: Job, packed: bool) -> Callable[[], Losses]:
     set_verbosity_error()
     disable_progress_bar()
     scratch = tempfile.TemporaryDirectory()
-    options = arguments_of(job, scratch.name) | {"gradient_checkpointing": False, "max_length": 256}
+    options = arguments_of(job, scratch.name) | {"gradient_checkpointing": False, "max_length": WIDTH}
     if packed:
-        width = int(job.train.lengths.mean() * job.work.batch_size)
-        options |= {"packing": True, "max_length": width, "per_device_train_batch_size": 1}
+        width = WIDTH if job.loose else int(job.train.lengths.mean() * job.work.batch_size)
+        n_at_once = job.work.batch_size if job.loose else 1
+        options |= {"packing": True, "max_length": width, "per_device_train_batch_size": n_at_once}
     rows = columns_of(job).remove_columns(["length", "attention_mask"])
     trainer = SFTTrainer(
         model=job.model.network,

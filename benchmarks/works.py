@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from llmft_nb.adapters import apply_strategy
 from llmft_nb.bases import find_model, load_tokenizer, quiet_loading
 from llmft_nb.data import TextDataset, TokenDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
+from llmft_nb.finetune import make_task
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import predict_logits, row_losses
 from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.rows import Rows, read_rows
 from llmft_nb.strategy import parse_strategy
 
-WARMUP, DECAY, MOST_NORM = 0.1, 0.01, 1.0
+WARMUP, DECAY, MOST_NORM, WIDTH = 0.1, 0.01, 1.0, 256
 PROMPT = "Carry out what is asked below and answer with nothing else.\nAsked: {instruction}\nGiven: {input}\nAnswer:"
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64}
 SHAPE |= {"intermediate_size": 1024, "tie_word_embeddings": True, "max_position_embeddings": 1024}
@@ -34,7 +36,7 @@ def folder_of(name: str) -> Path | None:
 class Work:
     "Something to train, and who is asked to."
 
-    task: str  # "classify" or "instruct"
+    task: str  # "classify", "instruct" or "text"
     strategy: str  # As in 03_strategy
     epochs: int  # Passes over the rows
     batch_size: int  # Rows of an update
@@ -45,12 +47,13 @@ class Work:
 ENCODER_PEERS = ("trainer, sorted", "trainer", "plain torch")
 WORKS = {
     "classify, full": Work("classify", "full", 2, 32, 3e-4, ENCODER_PEERS),
-    "classify, top:2": Work("classify", "top:2", 4, 32, 1e-3, ENCODER_PEERS),
-    "classify, head": Work("classify", "head", 10, 32, 2e-2, ENCODER_PEERS),
+    "classify, top:2": Work("classify", "top:2", 4, 32, 1e-3, ENCODER_PEERS[:2]),
+    "classify, head": Work("classify", "head", 10, 32, 2e-2, ENCODER_PEERS[:2]),
     "classify, lora:16": Work("classify", "lora:16", 2, 32, 3e-3, ENCODER_PEERS[:2]),
     "classify, full, 2,048 tokens": Work("classify", "full", 4, 110, 1e-3, ENCODER_PEERS[:1]),
     "instruct, full": Work("instruct", "full", 3, 8, 5e-4, ("trainer", "trl", "trl, packed")),
     "instruct, lora:16": Work("instruct", "lora:16", 3, 8, 5e-3, ("trl",)),
+    "text, full": Work("text", "full", 1, 8, 5e-4, ("trl, packed", "trainer")),
 }
 
 
@@ -62,7 +65,8 @@ class Job:
     seed: int  # Of head, adapters, order and dropout
     model: TunableModel  # What moves is open
     train: TokenDataset
-    score: Callable[[], float]  # Accuracy in per cent, or perplexity of the right answers, on test rows
+    score: Callable[[], float]  # Accuracy in per cent, or perplexity of what is right, on test rows
+    loose: TokenDataset | None = None  # The same texts, a row each, for trainers that do not pack
 
     @cached_property
     def settings(self) -> TrainSettings:
@@ -100,14 +104,15 @@ class Job:
         return 6.0 * (self.n_tokens * weights[True] + n_answers * self.work.epochs * weights[False])
 
 
-def classify_job(work: Work, seed: int, model_name: str) -> Job:
+def classify_job(work: Work, seed: int, model_name: str, n_rows: int) -> Job:
     "Labels: every 15th row of banking77, or the house pharmacy's verdicts."
     folder = folder_of("banking77")
     if folder:
         every, test = (read_rows(folder / f"{split}.jsonl") for split in ("train", "test"))
-        rows, asked = every.subset(range(0, len(every), 15)).subset(range(640)), test.subset(range(0, len(test), 8))
+        rows, asked = every.subset(range(0, len(every), 15)), test.subset(range(0, len(test), 8))
     else:
-        rows, asked = read_rows("pharmacy").subset(range(640)), read_rows("pharmacy", split="test")
+        rows, asked = read_rows("pharmacy"), read_rows("pharmacy", split="test")
+    rows = rows.subset(range(n_rows or 640))
     names = sorted({row["label"] for row in [*rows, *asked]})
     model = LLMForSequenceClassification.from_pretrained(model_name)
     size_head(model, names, seed=seed)
@@ -132,8 +137,8 @@ def instruct_rows() -> tuple[Rows, Rows]:
     )
 
 
-def instruct_job(work: Work, seed: int, model_name: str) -> Job:
-    "Answers: 96 rows, a random model of Qwen3's shape, 25 million weights with a vocabulary of 30,522."
+def writing_model(work: Work, seed: int, model_name: str) -> LLMForCausalLM:
+    "A random model of Qwen3's shape, 25 million weights with a vocabulary of 30,522."
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -145,18 +150,53 @@ def instruct_job(work: Work, seed: int, model_name: str) -> Job:
         tokenizer.save_pretrained(scratch)
         model = LLMForCausalLM.from_pretrained(scratch)
     apply_strategy(model, parse_strategy(work.strategy), seed)
-    train, test = instruct_rows()
-    options = {"max_length": 256, "train_on": "last", "too_long": "drop"}
-    dataset, held_out = (InstructDataset(rows, model.tokenizer, **options) for rows in (train.subset(range(96)), test))
+    return model
+
+
+def perplexity_of(model: LLMForCausalLM, held_out: TokenDataset) -> Callable[[], float]:
+    "What is right in some rows, as a score to be asked for later."
 
     def score() -> float:
         losses, counts = row_losses(model, held_out)
-        return float(torch.exp(torch.tensor(losses.sum() / counts.sum())))
+        return math.exp(min(20.0, losses.sum() / counts.sum()))
 
-    return Job(work, seed, model, dataset, score)
+    return score
 
 
-def make_job(name: str, seed: int, model_name: str) -> Job:
-    "A work of a name."
+def instruct_job(work: Work, seed: int, model_name: str, n_rows: int) -> Job:
+    "Answers: 96 rows of rasbt_instruct, or of the house pharmacy's reasons."
+    model = writing_model(work, seed, model_name)
+    if folder := folder_of("rasbt_instruct"):
+        train, test = (read_rows(folder / f"{s}.jsonl", {"output": "completion"}) for s in ("train", "test"))
+        train, test = (check_instruct(rows, prompt_template=PROMPT) for rows in (train, test))
+    else:
+        columns = {"text": "prompt", "reason": "completion"}
+        train, test = (check_instruct(read_rows("pharmacy", columns, s)) for s in ("train", "test"))
+    rows = train.subset(range(n_rows or 96))
+    options = {"max_length": WIDTH, "train_on": "last", "too_long": "drop"}
+    dataset, held_out = (InstructDataset(part, model.tokenizer, **options) for part in (rows, test))
+    return Job(work, seed, model, dataset, perplexity_of(model, held_out))
+
+
+def text_job(work: Work, seed: int, model_name: str, n_rows: int) -> Job:
+    "Running text: 24 articles of onestop_english, or the house pharmacy's leaflets."
+    model = writing_model(work, seed, model_name)
+    folder = folder_of("general")
+    every = read_rows(folder / "onestop_english.train.jsonl" if folder else "pharmacy-leaflets")
+    n_rows = min(n_rows or 24, len(every) - 8)
+    train, test = every.subset(range(n_rows)), every.subset(range(n_rows, n_rows + 8))
+
+    def dataset(rows: Rows, packing: bool) -> TokenDataset:
+        task = make_task("text", TrainSettings(max_length=WIDTH, packing=packing))
+        return task.dataset(task.prepare(rows, test, test, columns=None, leaks="allow").train, model, [])
+
+    return Job(
+        work, seed, model, dataset(train, True), perplexity_of(model, dataset(test, False)), dataset(train, False)
+    )
+
+
+def make_job(name: str, seed: int, model_name: str, n_rows: int = 0) -> Job:
+    "A work of a name, with so many rows; 0: as many as are measured."
     work = WORKS[name]
-    return {"classify": classify_job, "instruct": instruct_job}[work.task](work, seed, model_name)
+    make = {"classify": classify_job, "instruct": instruct_job, "text": text_job}[work.task]
+    return make(work, seed, model_name, n_rows)

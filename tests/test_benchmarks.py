@@ -9,17 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score
 from small import small_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench  # noqa: E402
 import knowledge  # noqa: E402
 import language  # noqa: E402
+import peers  # noqa: E402
 import strategies  # noqa: E402
 import tasks  # noqa: E402
 import trunk  # noqa: E402
 import tunes  # noqa: E402
+import works  # noqa: E402
 
 from llmft_nb import demo  # noqa: E402
 from llmft_nb.core import UserError  # noqa: E402
@@ -314,3 +318,47 @@ def test_the_grid_shows_cells_at_the_chosen_rate_alone(tmp_path: Path) -> None:
         (one,) = strategies.summaries(written(lines, tmp_path / "grid.jsonl"))
         found[valid] = (one["factor"], one["accuracy"]["value"], one["seeds"])
     assert found == {0.6: (1.0, 1.0, 2), 0.8: (3.0, 0.0, 2)}
+
+
+@pytest.mark.parametrize("work", ["classify, full", "instruct, full"])
+def test_everybody_is_given_the_same_rows_and_targets(work: str, one_thread: None) -> None:
+    "The peers' loss, as transformers computes it from their columns, is ours on the same rows."
+    job = works.make_job(work, 0, "tiny-encoder", n_rows=8)
+    columns, collate = peers.columns_of(job).remove_columns("length"), peers.collator_of(job)
+    batch = job.train.batch(range(8))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        theirs = job.model.network.eval()(**collate([columns[i] for i in range(8)])).loss
+        ours = torch.nn.functional.cross_entropy(job.model(**batch), labels)
+    assert float(theirs) == pytest.approx(float(ours), abs=1e-5)
+    given = peers.arguments_of(job, "nowhere")
+    assert (given["num_train_epochs"], given["per_device_train_batch_size"]) == (job.work.epochs, job.work.batch_size)
+
+
+def test_trainers_side_by_side(one_thread: None) -> None:
+    "The short form of the benchmark: everybody trains as many rows in as many updates."
+    names = ("ours", "trainer, sorted", "plain torch")
+    found = {name: bench.one_run("classify, full", name, 0, "tiny-encoder", 80) for name in names}
+    for run in found.values():
+        assert run["rows"] == 160 and run["seconds"] > 0 and 0 < run["share"] < 1.5
+        assert run["tokens"] == found["ours"]["tokens"]
+        assert run["losses"][-1][0] in (5, 6)
+    lines = bench.summary("classify, full", {name: [run | {"process_s": 9.0}] for name, run in found.items()})
+    assert lines[0]["ratio"] == 1 and lines[1]["asked"] == 1.25
+    assert lines[2]["ratio"] == pytest.approx(found["plain torch"]["seconds"] / found["ours"]["seconds"])
+
+
+def test_a_figure_that_is_missed_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = {"process_s": 5.0, "peak_mb": 100.0, "losses": [[5, 0.5]], "score": 70.0, "rows": 64, "tokens": 640}
+    seconds = {"ours": 2.0, "trainer, sorted": 2.4, "trainer": 5.0}
+    lines = bench.summary("classify, full", {name: [run | {"seconds": s}] for name, s in seconds.items()})
+    assert [line["ratio"] for line in lines] == [1.0, 1.2, 2.5]
+    assert not bench.say(lines), "1.25 was asked"
+    seconds["trainer, sorted"] = 2.6
+    lines = bench.summary("classify, full", {name: [run | {"seconds": s}] for name, s in seconds.items()})
+    assert bench.say(lines)
+    lines[0]["peak_mb"] = 101.0
+    assert not bench.say(lines), "more memory than the leanest peer"
+    assert "more memory than the leanest peer" in capsys.readouterr().out
+    bench.draw(lines, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 2000
