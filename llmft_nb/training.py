@@ -37,6 +37,7 @@ from llmft_nb.checkpoint import (
 )
 from .core import Interrupted, UserError
 from .data import TextDataLoader, TokenDataset
+from .dropout import open_dropout
 from .embedding_rows import OpenEmbedding, open_embedding
 from .hparams import TrainSettings, lr_factors, parameter_groups
 from .last_block import open_last_block
@@ -200,14 +201,13 @@ def start_run(
     datasets = [dataset, *([trainer.valid] if trainer.valid is not None else [])]
     embedding = open_embedding(model, [dataset], accelerator.num_processes, trainer.optimizer is not None)
     closing.callback(embedding.close)
+    closing.callback(open_dropout(model.network, accelerator.device).close)
     if last := open_last_block(model, datasets):
         closing.callback(last.close)
     optimizer = trainer.optimizer or torch.optim.AdamW(parameter_groups(model.network, settings), fused=True)
-    if trainer.optimizer is not None:
-        swap_parameters(optimizer, replaced)
+    swap_parameters(optimizer, {} if trainer.optimizer is None else replaced)
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
-    when = settings.unfreeze_frac, settings.head_first_lr
-    phases = plan_phases(model.network, trainer.strategy, state.n_steps, *when)
+    phases = plan_phases(model.network, trainer.strategy, state.n_steps, settings.unfreeze_frac, settings.head_first_lr)
     restarts = [phase.first_step for phase in phases if phase.restarts and phase.first_step > 0]
     return Run(
         trainer=trainer,
