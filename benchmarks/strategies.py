@@ -51,7 +51,7 @@ STRATEGIES = ("full", "top:2", "head", "gradual", "head-then-full", "full+decay"
 DISTANCE = {"reviews": "near", "sst2": "near", "pharmacy": "far", "banking": "far"}
 RATES, MOST_RATES = (1 / 3, 1.0, 3.0), 6  # Times the default; how many are tried at most
 N_TO_CHOOSE, N_CHOOSING, CHOOSING_SEED = 200, 400, 100  # Rows to train on, rows to choose by
-BATCH_SIZE, EPOCHS, UPDATES_AN_EPOCH = 16, 8, 25
+BATCH_SIZE, EPOCHS, UPDATES_AN_EPOCH, N_SEEDS = 16, 8, 25, 3
 FILE = Path(__file__).with_suffix(".jsonl")  # What has been measured so far
 KEY = ("name", "task", "rows", "strategy", "seed", "factor")  # What tells two cells apart
 Cell = dict[str, Any]
@@ -247,8 +247,10 @@ def cells_of(file: Path) -> Iterator[tuple[tuple[str, str, int], dict[str, list[
             groups = found.setdefault((line["name"], line["task"], line["rows"]), {})
             groups.setdefault(line["strategy"], []).append(line)
     for key in sorted(found, key=lambda key: (*key[:2], key[2] or math.inf)):
-        n_seeds = max(map(len, found[key].values()))  # A strategy under way is left out until it has them all
-        whole = {name: group for name, group in found[key].items() if len(group) == n_seeds}
+        n_seeds = min(
+            N_SEEDS, max(map(len, found[key].values()))
+        )  # A strategy under way is left out until it has so many
+        whole = {name: group for name, group in found[key].items() if len(group) >= n_seeds}
         ordered = {name: sorted(group, key=lambda line: line["seed"]) for name, group in whole.items()}
         yield key, {strategy: ordered[strategy] for strategy in STRATEGIES if strategy in ordered}
 
@@ -320,7 +322,7 @@ def main() -> None:
     running.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["reviews", "pharmacy"])
     running.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     running.add_argument("--rows", type=int, nargs="+", default=[50, 200, 1000, 0], help="0: all there are")
-    running.add_argument("--seeds", type=int, default=3)
+    running.add_argument("--seeds", type=int, default=N_SEEDS)
     running.add_argument("--out", type=Path, default=FILE)
     running.add_argument("--idle", action="store_true", help="nothing else runs: keep the seconds")
     running.set_defaults(carry_out=run)
