@@ -12,7 +12,7 @@ their standard deviation. The share of the peak is by the products of the plain 
 
 Everybody computes in f32. With $LLMFT_DATA and MINILM, a folder of all-MiniLM-L6-v2, the rows are of banking77 and
 rasbt_instruct; without, of the house pharmacy, and the encoder is the embedded one. `--write` keeps the table in
-`bench.json` and draws `bench.png`, both beside this file.
+`bench.json`, where works not measured this time stay as they are, and draws `bench.png`, both beside this file.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def summary(work: str, runs: dict[str, list[Run]]) -> list[Run]:
             {
                 "work": work,
                 "who": name,
+                "date": time.strftime("%Y-%m-%d"),
                 **middle,
                 "rows_s": found[0]["rows"] / middle["seconds"],
                 "tokens_s": found[0]["tokens"] / middle["seconds"],
@@ -199,7 +200,11 @@ def main() -> None:
         reached &= say(found)
         lines += found
     if arguments.write:
-        write_measured(HERE / "bench.json", lines)
+        file = HERE / "bench.json"
+        earlier = json.loads(file.read_text(encoding="utf-8"))["lines"] if file.is_file() else []
+        lines += [line for line in earlier if line["work"] not in {line["work"] for line in lines}]
+        lines.sort(key=lambda line: list(WORKS).index(line["work"]))
+        write_measured(file, lines)
         draw(lines, HERE / "bench.png")
     sys.exit(0 if reached else 1)
 
