@@ -16,7 +16,7 @@ from llmft_nb.data import TextDataLoader, TextDataset, TokenDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.finetune import make_task
 from llmft_nb.hparams import TrainSettings
-from llmft_nb.last_block import LastBlock, open_last_block, read_rule
+from llmft_nb.last_block import AskedAttention, LastBlock, open_last_block, read_rule
 from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.rows import read_rows
 from llmft_nb.strategy import find_blocks, open_parts, parse_strategy
@@ -147,3 +147,28 @@ def test_a_block_that_needs_its_neighbours_computes_everything(save_small: Calla
     last = open_last_block(model, [dataset])  # Answers the same, for it never narrows
     assert last is not None and last.n_narrow == 0
     last.close()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_rows_of_one_length_have_no_mask(kind: str, save_small: Callable[..., Path]) -> None:
+    "Then transformers only says that attention is causal, and what a token may see is worked out here."
+    model = LLMForCausalLM.from_pretrained(save_small(kind))
+    row = {"prompt": "I saw the apple and the pear near the river", "completion": "sea sea"}
+    dataset = InstructDataset(check_instruct(read_rows([row] * 3)), model.tokenizer, max_length=200)
+    loss, gradient = step(model, dataset)
+    last = LastBlock(model, "asked", [dataset])
+    seen: list[dict[str, Any]] = []
+    ask = AskedAttention.narrow_mask
+
+    def noted(asked: AskedAttention) -> torch.Tensor | None:
+        seen.append(dict(asked.kept or {}))
+        return ask(asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AskedAttention, "narrow_mask", noted)
+        narrow_loss, narrow = step(model, dataset)
+    last.close()
+    assert [(one["attn_mask"], one["is_causal"]) for one in seen] == [(None, True)]
+    assert narrow_loss == pytest.approx(loss, abs=1e-5)
+    for one, other in zip(gradient, narrow, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
