@@ -61,4 +61,6 @@ def test_only_dropping_layers_on_a_cpu_are_touched(save_small: Callable[..., Pat
     layer.train()
     layer.p = 1.0  # Read at each call
     assert not layer(torch.ones(100)).any()
+    layer.eval()
+    assert layer(torch.ones(100)).all(), "asked, a model drops nothing"
     opened.close()
