@@ -68,7 +68,8 @@ class OccurringRows(OpenEmbedding):
             embedding.padding_idx = int(self.table[self.padding_idx])
 
     def put_back(self) -> None:
-        "Write the rows into the large matrix."
+        "Write the rows into the large matrix, which is open or closed as they are."
+        self.whole.requires_grad_(self.some.requires_grad)
         with torch.no_grad():
             self.whole[self.ids] = self.some
 
@@ -98,7 +99,6 @@ class OccurringRows(OpenEmbedding):
     def close(self) -> None:
         "Give the embedding its own weight back, with what was learnt."
         self.put_back()
-        self.whole.requires_grad_(self.some.requires_grad)
         self.embedding.weight, self.embedding.padding_idx = self.whole, self.padding_idx
         del self.embedding.forward
         if self.own is not None:

@@ -158,3 +158,17 @@ def test_where_any_token_may_come_every_row_moves(save_small: Callable[..., Path
     splits = task.prepare([{"text": row["text"]} for row in small_rows(40)], None, None, columns=None, leaks="drop")
     dataset = task.dataset(splits.train, model, [])
     assert occurring_tokens([dataset]) is None
+
+
+def test_a_closed_embedding_asks_for_no_gradient(save_small: Callable[..., Path]) -> None:
+    "Else backward would go down to it through every frozen block, while `gradual` keeps it closed."
+    model = LLMForSequenceClassification.from_pretrained(save_small("Bert"))
+    embedding = model.network.get_input_embeddings()
+    opened = OccurringRows(embedding, torch.arange(20))
+    embedding.weight.requires_grad_(False)
+    embedding.eval()  # As a frozen part is
+    assert not embedding(torch.tensor([[3, 4]])).requires_grad, "the large matrix is closed as its rows are"
+    embedding.weight.requires_grad_(True)
+    assert embedding(torch.tensor([[3, 4]])).requires_grad
+    opened.close()
+    assert embedding.weight.requires_grad and embedding.weight.grad is None
