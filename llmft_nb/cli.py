@@ -93,7 +93,7 @@ def train(
         int | None, typer.Option(help="Tokens in a row no answer says twice; 0: no guard.")
     ] = None,
     n_written: Annotated[int | None, typer.Option(help="Test rows for which answers are written.")] = None,
-    window: Annotated[int | None, typer.Option(help="Rows sorted by length at a time.")] = None,
+    window: Annotated[int | None, typer.Option(help="Rows sorted by length at a time; 0: as many as is usual.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of head, order and dropout.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, f32 or bf16.")] = None,
     trunk_gb: Annotated[

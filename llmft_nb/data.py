@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['label_numbers', 'token_table', 'TokenDataset', 'column_lengths', 'table_digest', 'TextDataset', 'pad_column',
-           'collate', 'with_asked_places', 'packed_inputs', 'random_order', 'step_order', 'TextDataLoader']
+           'collate', 'with_asked_places', 'packed_inputs', 'random_order', 'step_order', 'usual_window',
+           'TextDataLoader']
 
 # %% ../nbs/01c_data.ipynb #b0c9a25e
 import hashlib
@@ -59,6 +60,7 @@ class TokenDataset:
     first_position = 0  # Number of a document's first position in a packed row; RoBERTa counts from 2
     draws = False  # Whether what a row shows is drawn anew for each epoch
     shows_asked = False  # Whether batches say row by row where they are asked, while the last block wants to know
+    lay_out: Any = None  # Given the lengths of a batch's rows, says how their tokens stand in a line
     states: Any = None  # What a frozen trunk made of the rows, while it is in use; has `rows(indices, width)`
 
     def __init__(
@@ -238,6 +240,8 @@ def collate(
     if "segments" in columns:
         segments = pad_column(columns["segments"], width, -1)
         return batch | packed_inputs(segments, dataset.causal, dataset.first_position)
+    if dataset.lay_out is not None and (layout := dataset.lay_out(dataset.lengths[chosen])) is not None:
+        batch["layout"] = layout
     is_token = np.arange(width) < dataset.lengths[chosen][:, None]
     batch["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
     return batch
@@ -315,6 +319,13 @@ def step_order(
     return steps + ([order[n_full:].tolist()] if n_full < n_rows else [])
 
 # %% ../nbs/01c_data.ipynb #4c347030
+def usual_window(
+    n_rows: int,  # Of a data set
+) -> int:  # 2,048 at most
+    "How many rows are sorted by length together where nobody says."
+    return max(1, min(2048, n_rows // 8))
+
+
 class TextDataLoader:
     "Batches of a data set, epoch after epoch, in an order that depends on seed and epoch only."
 
@@ -325,10 +336,10 @@ class TextDataLoader:
         shuffle: bool = False,  # Whether to draw a new order for each epoch
         *,
         seed: int = 0,  # Seed of the order
-        window: int = 2048,  # Rows that are sorted by length together
+        window: int = 0,  # Rows that are sorted by length together; 0: as many as is usual
     ) -> None:
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
-        self.seed, self.window, self.epoch = seed, window, 0
+        self.seed, self.window, self.epoch = seed, window or usual_window(len(dataset)), 0
         self.steps(0)  # A wrong batch size is heard of here
 
     def __len__(self) -> int:

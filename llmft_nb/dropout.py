@@ -6,11 +6,14 @@
 __all__ = ['N_STEPS', 'quick_dropout', 'OpenDropout', 'open_dropout']
 
 # %% ../nbs/06c_dropout.ipynb #06f20004
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from .forwards import InUse, answer_through
 
 # %% ../nbs/06c_dropout.ipynb #06f20008
 N_STEPS = 2**16  # Probabilities are told apart in steps of one in so many
@@ -45,29 +48,26 @@ def quick_dropout(
     return _Dropped.apply(states, n_dropped)
 
 # %% ../nbs/06c_dropout.ipynb #06f2000d
-class OpenDropout:
+class OpenDropout(InUse):
     "Layers that drop by fewer bits, until they are closed."
 
     def __init__(
         self,
         layers: list[nn.Dropout],  # Those that are to draw in the new way
     ) -> None:
+        super().__init__()
         self.layers = [layer for layer in layers if "forward" not in vars(layer)]
         for layer in self.layers:
-            layer.forward = partial(self.answer, layer)  # type: ignore[method-assign]
+            self.undo.callback(answer_through(layer, partial(self.answer, layer)))
 
     @staticmethod
     def answer(
         layer: nn.Dropout,  # Its share and its mode are read each time
+        forward: Callable[..., torch.Tensor],  # Its own
         input: torch.Tensor,  # Numbers; the name is torch's  # noqa: A002
     ) -> torch.Tensor:  # Some of them zero in training, all as they were otherwise
         "Drop."
-        return quick_dropout(input, layer.p) if layer.training else input
-
-    def close(self) -> None:
-        "Give the layers their own forward back."
-        for layer in self.layers:
-            del layer.forward
+        return quick_dropout(input, layer.p) if layer.training else forward(input)
 
 
 def open_dropout(

@@ -7,7 +7,7 @@ __all__ = ['occurring_tokens', 'OpenEmbedding', 'OccurringRows', 'TiedRows', 'op
 
 # %% ../nbs/06c_embedding_rows.ipynb #06f10004
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .data import TokenDataset
+from .forwards import answer_through
 from .hparams import owners
 from .modeling import TunableModel
 
@@ -60,10 +61,9 @@ class OccurringRows(OpenEmbedding):
         self.table = torch.full((len(self.whole),), -1, device=self.whole.device)
         self.table[self.ids] = torch.arange(len(self.ids), device=self.whole.device)
         self.some = nn.Parameter(self.whole.detach()[self.ids], requires_grad=self.whole.requires_grad)
-        self.padding_idx, self.own = embedding.padding_idx, vars(embedding).get("forward")
-        self.forward = embedding.forward
+        self.padding_idx = embedding.padding_idx
         embedding.weight = self.some
-        embedding.forward = self.answer  # type: ignore[method-assign]
+        self.undo = answer_through(embedding, self.answer)
         if self.padding_idx is not None:
             embedding.padding_idx = int(self.table[self.padding_idx])
 
@@ -88,21 +88,20 @@ class OccurringRows(OpenEmbedding):
 
     def answer(
         self,
+        forward: Callable[..., torch.Tensor],  # The embedding's own
         input: torch.Tensor,  # Token ids; the name is torch's  # noqa: A002
     ) -> torch.Tensor:  # Their embeddings, as the embedding itself makes them
         "Look tokens up."
         if self.embedding.training:
-            return self.forward(self.table[input])
+            return forward(self.table[input])
         with self.as_it_was():
-            return self.forward(input)
+            return forward(input)
 
     def close(self) -> None:
         "Give the embedding its own weight back, with what was learnt."
         self.put_back()
         self.embedding.weight, self.embedding.padding_idx = self.whole, self.padding_idx
-        del self.embedding.forward
-        if self.own is not None:
-            self.embedding.forward = self.own  # type: ignore[method-assign]
+        self.undo()
 
 # %% ../nbs/06c_embedding_rows.ipynb #06f10011
 class _AddedInPlace(torch.autograd.Function):
@@ -131,24 +130,19 @@ class TiedRows(OpenEmbedding):
         self,
         embedding: nn.Embedding,  # A plain one, whose weight the output layer has too
     ) -> None:
-        self.embedding, self.forward, self.own = embedding, embedding.forward, vars(embedding).get("forward")
+        self.embedding = embedding
         self.anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)  # Calls backward
-        embedding.forward = self.answer  # type: ignore[method-assign]
+        self.close = answer_through(embedding, self.answer)  # type: ignore[method-assign]
 
     def answer(
         self,
+        forward: Callable[..., torch.Tensor],  # The embedding's own
         input: torch.Tensor,  # Token ids; the name is torch's  # noqa: A002
     ) -> torch.Tensor:  # Their embeddings
         "Look tokens up."
         if torch.is_grad_enabled() and self.embedding.training and self.embedding.weight.requires_grad:
             return _AddedInPlace.apply(self.anchor, input, self.embedding)
-        return self.forward(input)
-
-    def close(self) -> None:
-        "Give the embedding its own forward back."
-        del self.embedding.forward
-        if self.own is not None:
-            self.embedding.forward = self.own  # type: ignore[method-assign]
+        return forward(input)
 
 # %% ../nbs/06c_embedding_rows.ipynb #06f10015
 def open_embedding(

@@ -7,7 +7,6 @@ __all__ = ['shaped_like', 'read_rule', 'Stopped', 'AskedAttention', 'at_places',
 
 # %% ../nbs/06c_last_block.ipynb #06f00004
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
+from .forwards import InUse, answer_through, see_batches
 from .inference import question
 from .modeling import PositionModel, TunableModel, asking, rounding_of
 from .strategy import find_blocks
@@ -117,7 +117,7 @@ def at_places(
     return given.expand(len(places), *given.shape[1:])[rows, places]
 
 # %% ../nbs/06c_last_block.ipynb #06f00011
-class LastBlock:
+class LastBlock(InUse):
     "The last block of a model; while open it computes where it is read."
 
     def __init__(
@@ -126,46 +126,26 @@ class LastBlock:
         rule: str,  # Which places are read: "first", "last" or "asked"
         datasets: Iterable[TokenDataset] = (),  # Rows that are to say where they are asked
     ) -> None:
+        super().__init__()
         self.rule, self.places, self.n_narrow = rule, None, 0
-        self.block = find_blocks(model.network)[1][-1]
-        self.own = vars(self.block).get("forward")  # Mostly None: that of the class
-        self.block.forward = partial(self.answer, self.block.forward)
-        self.hooks = [
-            model.register_forward_pre_hook(self.take, with_kwargs=True),
-            model.register_forward_hook(self.drop, always_call=True),
-        ]
-        self.datasets = list(datasets) if rule == "asked" else []
-        for dataset in self.datasets:
+        self.undo.callback(answer_through(find_blocks(model.network)[1][-1], self.answer))
+        self.undo.callback(see_batches(model, self.take, self.drop))
+        for dataset in datasets if rule == "asked" else ():
             dataset.shows_asked = True
+            self.undo.callback(setattr, dataset, "shows_asked", False)
 
     places: torch.Tensor | None  # Of the batch at hand, shape (N, S); -1 where a row is read less often
 
-    def close(self) -> None:
-        "Give the block its own forward back."
-        del self.block.forward
-        if self.own is not None:
-            self.block.forward = self.own
-        for hook in self.hooks:
-            hook.remove()
-        for dataset in self.datasets:
-            dataset.shows_asked = False
-
     def take(
         self,
-        module: nn.Module,  # The model
-        arguments: Any,  # Without a name; none here
-        batch: dict[str, Any],  # Tensors by name
-    ) -> tuple[Any, dict[str, Any]]:  # The same without the places
+        batch: dict[str, Any],  # Tensors by name; without the places afterwards
+    ) -> None:
         "See where a batch is read."
         self.places, mask = batch.pop("asked_places", None), batch.get("attention_mask")
         if self.rule != "asked" and mask is not None:
             self.places = torch.zeros_like(mask[:, :1]) if self.rule == "first" else mask.sum(1, keepdim=True) - 1
-        return arguments, batch
 
-    def drop(
-        self,
-        *_: Any,  # The model, what it was given and what it answered
-    ) -> None:
+    def drop(self) -> None:
         "Forget the places of a batch that is done."
         self.places = None
 

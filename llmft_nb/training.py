@@ -58,6 +58,7 @@ from .phases import Phase, enter_phase, phase_at, plan_phases
 from .strategy import PHASED, Strategy, parse_strategy, set_modes
 from .trunk_cache import OpenTrunk, open_trunk, trunk_levels
 from .trunk_states import TrunkStore
+from .unpadded import open_unpadded
 
 # %% ../nbs/06d_training.ipynb #7de78ac4
 @dataclass(frozen=True)
@@ -201,9 +202,10 @@ def start_run(
     datasets = [dataset, *([trainer.valid] if trainer.valid is not None else [])]
     embedding = open_embedding(model, [dataset], accelerator.num_processes, trainer.optimizer is not None)
     closing.callback(embedding.close)
-    closing.callback(open_dropout(model.network, accelerator.device).close)
-    if last := open_last_block(model, datasets):
-        closing.callback(last.close)
+    last = open_last_block(model, datasets)
+    opened = open_dropout(model.network, accelerator.device), last, open_unpadded(model, datasets, last is not None)
+    for one in filter(None, opened):
+        closing.callback(one.close)
     optimizer = trainer.optimizer or torch.optim.AdamW(parameter_groups(model.network, settings), fused=True)
     swap_parameters(optimizer, {} if trainer.optimizer is None else replaced)
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
@@ -233,11 +235,10 @@ def run_fingerprint(
 ) -> dict[str, Any]:  # Name and value of everything the result depends on
     "What a resumed run must share with the one it goes on with."
     own = {name: value for name, value in vars(run.trainer.settings).items() if name != "save_every"}
-    own |= {"n_steps": run.state.n_steps, "rows": run.loader.dataset.fingerprint}
+    own |= {"n_steps": run.state.n_steps, "rows": run.loader.dataset.fingerprint, "window": run.loader.window}
     own |= {"processes": run.accelerator.num_processes, "threads": torch.get_num_threads()}
-    own |= {"strategy": str(run.trainer.strategy)}
-    own |= {"device": run.accelerator.device.type, "torch": str(torch.__version__)}
-    return own | run.trainer.fingerprint
+    own |= {"strategy": str(run.trainer.strategy), "device": run.accelerator.device.type}
+    return own | {"torch": str(torch.__version__)} | run.trainer.fingerprint
 
 # %% ../nbs/06d_training.ipynb #7d86a5a2
 def save_run(
@@ -324,8 +325,7 @@ def take_step(
     run.stepper.zero_grad(set_to_none=True)
     state.step += 1
     if watch is not None:
-        parts = moved_record(watch.check(f"after step {state.step}"))
-        run.moved.append({"step": state.step, "parts": parts})
+        run.moved.append({"step": state.step, "parts": moved_record(watch.check(f"after step {state.step}"))})
         run.is_watched = True
     run.pending.append(loss)
     log_is_due = state.step % run.trainer.log_every == 0 or state.step % state.steps_per_epoch == 0

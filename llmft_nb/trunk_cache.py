@@ -17,6 +17,7 @@ from torch import nn
 
 from .core import UserError, sha256_json
 from .data import TokenDataset
+from .forwards import InUse, answer_through, see_batches
 from .inference import by_length, padding_gap, question
 from .modeling import PositionModel, TunableModel, asking, rounding_of
 from .movement import fingerprint
@@ -44,7 +45,7 @@ def frozen_blocks(
     return max(0, n_still - 1)
 
 # %% ../nbs/06c_trunk_cache.ipynb #06e10012
-class Trunk:
+class Trunk(InUse):
     "The lowest blocks of a model, which can be told what they made of their rows before."
 
     def __init__(
@@ -52,44 +53,25 @@ class Trunk:
         model: TunableModel,  # Its blocks answer through this as long as the trunk is open
         n_blocks: int,  # How many of them stand still
     ) -> None:
+        super().__init__()
         self.n_blocks = n_blocks
         self.told: torch.Tensor | None = None  # States of the rows at hand
         self.is_collecting = False
         self.found: torch.Tensor | None = None  # What the trunk made of the rows last seen
         self.extras: dict[int, int | None] = {}  # How many values a block hands on beside its states; None: bare states
-        self.blocks = list(find_blocks(model.network)[1])
-        self.own = [vars(block).get("forward") for block in self.blocks]  # Mostly None: that of the class
-        for number, block in enumerate(self.blocks):
-            block.forward = partial(self.answer, number, block.forward)
-        self.hooks = [
-            model.register_forward_pre_hook(self.take, with_kwargs=True),
-            model.register_forward_hook(self.drop, always_call=True),
-        ]
-
-    def close(self) -> None:
-        "Give the blocks their own forward back."
-        for block, own in zip(self.blocks, self.own, strict=True):
-            del block.forward
-            if own is not None:
-                block.forward = own
-        for hook in self.hooks:
-            hook.remove()
+        for number, block in enumerate(find_blocks(model.network)[1]):
+            self.undo.callback(answer_through(block, partial(self.answer, number)))
+        self.undo.callback(see_batches(model, self.take, self.drop))
 
     def take(
         self,
-        module: nn.Module,  # The model
-        arguments: Any,  # Without a name; none here
-        batch: dict[str, Any],  # Tensors by name
-    ) -> tuple[Any, dict[str, Any]]:  # The same without the states
+        batch: dict[str, Any],  # Tensors by name; without the states afterwards
+    ) -> None:
         "Take the states out of a batch before the model sees it."
         states = batch.pop("trunk_states", None)
         self.told = None if self.is_collecting else states
-        return arguments, batch
 
-    def drop(
-        self,
-        *_: Any,  # The model, what it was given and what it answered
-    ) -> None:
+    def drop(self) -> None:
         "Forget the states of a batch that is done."
         self.told = None
 

@@ -9,55 +9,17 @@ from typing import Any
 import pytest
 import torch
 from small import small_rows
-from torch import nn
+from small_models import DECODERS, ENCODERS, MASKED, answering, labelled, masked, step
 
 from llmft_nb import training
-from llmft_nb.data import TextDataLoader, TextDataset, TokenDataset
+from llmft_nb.data import TextDataLoader, TokenDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
-from llmft_nb.finetune import make_task
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.last_block import AskedAttention, LastBlock, open_last_block, read_rule
-from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
+from llmft_nb.modeling import LLMForCausalLM, TunableModel
 from llmft_nb.rows import read_rows
 from llmft_nb.strategy import find_blocks, open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
-
-MASKED = ("Bert", "Roberta")
-ENCODERS = ("Bert", "Roberta", "DistilBert")
-DECODERS = ("GPT2", "Llama", "Qwen3", "Gemma", "Mistral", "Phi", "Phi3")
-LABELS = ["fruit", "sea", "tool"]
-
-
-def labelled(folder: Path) -> tuple[TunableModel, TokenDataset]:
-    "A model for labels, and rows of different lengths."
-    model = LLMForSequenceClassification.from_pretrained(folder)
-    size_head(model, LABELS)
-    return model, TextDataset(small_rows(24), model.tokenizer, label_names=LABELS)
-
-
-def answering(folder: Path) -> tuple[TunableModel, TokenDataset]:
-    "A model that writes, and rows whose answers are their shorter half."
-    model = LLMForCausalLM.from_pretrained(folder)
-    rows = [{"prompt": row["text"], "completion": row["label"]} for row in small_rows(24)]
-    return model, InstructDataset(check_instruct(read_rows(rows)), model.tokenizer, max_length=200)
-
-
-def masked(folder: Path) -> tuple[TunableModel, TokenDataset]:
-    "An encoder, and texts with some of their tokens hidden."
-    model, task = LLMForMaskedLM.from_pretrained(folder), make_task("text", TrainSettings(max_length=48))
-    splits = task.prepare([{"text": row["text"]} for row in small_rows(40)], None, None, columns=None, leaks="drop")
-    return model, task.dataset(splits.train, model, [])
-
-
-def step(model: TunableModel, dataset: TokenDataset) -> tuple[float, list[torch.Tensor]]:
-    "Loss and gradients of a step without dropout."
-    model.eval()
-    model.zero_grad()
-    batch = dataset.batch(range(len(dataset)))
-    labels = batch.pop("labels")
-    loss = nn.functional.cross_entropy(model(**batch), labels)
-    loss.backward()
-    return loss.item(), [weight.grad for weight in model.parameters() if weight.grad is not None]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"Blocks that compute no padding: the same answers, losses and gradients as with rectangles."
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_models import DECODERS, ENCODERS, MASKED, answering, labelled, masked, step
+from torch import nn
+
+from llmft_nb import training
+from llmft_nb.data import TextDataLoader, TextDataset, TokenDataset
+from llmft_nb.hparams import TrainSettings
+from llmft_nb.last_block import open_last_block
+from llmft_nb.modeling import LLMForSequenceClassification, TunableModel, size_head
+from llmft_nb.strategy import find_blocks, open_parts, parse_strategy
+from llmft_nb.training import LLMTrainer
+from llmft_nb.unpadded import LinedAttention, Unpadded, into_line, into_rectangle, lay_out, open_unpadded
+
+
+@pytest.mark.parametrize("without_last", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [
+        *((kind, labelled) for kind in ENCODERS + DECODERS),
+        *((kind, answering) for kind in DECODERS),
+        *((kind, partial(masked, packing=False)) for kind in MASKED),
+    ],
+)
+def test_loss_and_gradient_are_the_same(
+    kind: str,
+    made: Callable[..., Any],
+    without_last: bool,
+    save_small: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, dataset = made(save_small(kind))
+    if dataset.lengths.min() == dataset.lengths.max():
+        pytest.fail("rows of one length show nothing")
+    loss, gradient = step(model, dataset)
+    last = open_last_block(model, [dataset]) if without_last else None
+    unpadded = open_unpadded(model, [dataset], without_last)
+    assert unpadded is not None, "tried, and found to answer the same"
+    assert unpadded.n_blocks == len(find_blocks(model.network)[1]) - without_last
+    unpadded.is_tried = True
+    asked, ask = list[int](), LinedAttention.narrow_mask
+
+    def counted(attention: LinedAttention, *others: Any) -> torch.Tensor | None:
+        asked.append(len(attention.layout.places))
+        return ask(attention, *others)
+
+    monkeypatch.setattr(LinedAttention, "narrow_mask", counted)
+    lined_loss, lined = step(model, dataset)
+    unpadded.close()
+    if last is not None:
+        last.close()
+    layout = lay_out(dataset.lengths)
+    assert layout is not None
+    assert asked == [int(dataset.lengths.sum())] * unpadded.n_blocks * len(layout.groups)
+    assert lined_loss == pytest.approx(loss, abs=1e-5)
+    assert len(gradient) == len(lined)
+    for one, other in zip(gradient, lined, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert dataset.lay_out is None
+
+
+@pytest.mark.parametrize("strategy", ["full", "top:1", "head", "gradual"])
+@pytest.mark.parametrize(("kind", "dropout"), [("Bert", "hidden_dropout_prob"), ("Llama", "attention_dropout")])
+def test_the_same_is_learnt(
+    kind: str,
+    dropout: str,
+    strategy: str,
+    save_small: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+) -> None:
+    folder = save_small(kind, **{dropout: 0.0, "attention_probs_dropout_prob": 0.0})
+    opened, lined = list[Unpadded | None](), list[int]()
+
+    def learnt() -> tuple[list[float], list[torch.Tensor]]:
+        model, dataset = labelled(folder)
+        open_parts(model.network, parse_strategy(strategy))
+        settings = TrainSettings(epochs=3, batch_size=8, lr=3e-3, precision="f32")
+        trainer = LLMTrainer(model, settings=settings, strategy=strategy, callbacks=(), log_every=1)
+        result = trainer.train(TextDataLoader(dataset, batch_size=8, shuffle=True, window=8))
+        return [loss for _, loss in result.losses], list(model.parameters())
+
+    def noted(model: TunableModel, datasets: Sequence[TokenDataset], without_last: bool = False) -> Unpadded | None:
+        opened.append(open_unpadded(model, datasets))  # With the last one, so that `top:1` has something to do
+        ask = LinedAttention.__torch_function__
+
+        def counted(attention: LinedAttention, function: Any, *others: Any) -> Any:
+            lined.append(function is nn.functional.scaled_dot_product_attention)
+            return ask(attention, function, *others)
+
+        monkeypatch.setattr(LinedAttention, "__torch_function__", counted)
+        return opened[-1]
+
+    monkeypatch.setattr(training, "open_last_block", lambda model, datasets: None)
+    monkeypatch.setattr(training, "open_unpadded", noted)
+    losses, weights = learnt()
+    assert opened[0] is not None and (sum(lined) > 8 or strategy == "head")
+    monkeypatch.setattr(training, "open_unpadded", lambda *_: None)
+    plain_losses, plain = learnt()
+    assert losses == pytest.approx(plain_losses, abs=1e-5)
+    for one, other in zip(weights, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+def test_whoever_attends_otherwise_computes_rectangles(save_small: Callable[..., Path]) -> None:
+    "Without torch's attention rows in a line would see one another."
+    model, dataset = labelled(save_small("Bert"))
+    model.network.set_attn_implementation("eager")
+    assert open_unpadded(model, [dataset]) is None
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert dataset.lay_out is None
+
+
+def test_rows_of_one_length_are_left_alone(save_small: Callable[..., Path]) -> None:
+    model = LLMForSequenceClassification.from_pretrained(save_small("Bert"))
+    size_head(model, ["sea", "tool"])
+    rows = [{"text": "I saw the apple", "label": label} for label in ("sea", "tool")]
+    assert open_unpadded(model, [TextDataset(rows, model.tokenizer)]) is None
+
+
+def test_a_model_that_is_asked_computes_rectangles(save_small: Callable[..., Path]) -> None:
+    "So that states kept of a trunk are what they are without."
+    model, dataset = labelled(save_small("Bert"))
+    unpadded = Unpadded(model, 2, [dataset])
+    batch = {name: value for name, value in dataset.batch(range(8)).items() if name != "labels"}
+    assert "layout" in batch
+    shapes: list[int] = []
+    hook = find_blocks(model.network)[1][0].register_forward_pre_hook(
+        lambda block, given: shapes.append(given[0].shape[0])
+    )
+    model.eval()
+    model(**batch)
+    model.train()
+    model(**batch)
+    hook.remove()
+    unpadded.close()
+    assert shapes == [8, 8] and unpadded.layout is None  # The hook sees what the model gives; the line begins behind it
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_has_one_place(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 10 ** generator.integers(1, 4), size=int(generator.integers(1, 40)))
+    layout, width = lay_out(lengths), int(lengths.max())
+    n_places = len(lengths) * width
+    if layout is None:
+        assert lengths.sum() >= 0.97 * n_places
+        return
+    real = (np.arange(width) < lengths[:, None]).flatten().nonzero()[0]
+    assert sorted(layout.places.tolist()) == real.tolist()
+    assert sorted(layout.rows.tolist()) == list(range(len(lengths)))
+    ordered = lengths[layout.rows.numpy()]
+    assert (np.diff(ordered) >= 0).all()
+    ends = [(group.rows.start, group.rows.stop) for group in layout.groups]
+    assert [start for start, _ in ends] == [0, *[stop for _, stop in ends[:-1]]] and ends[-1][1] == len(lengths)
+    for group in layout.groups:
+        own = ordered[group.rows]
+        assert group.n_rows == len(own) and group.width == own.max() and len(group.inside) == own.sum()
+        assert own.min() >= group.width // 2 or group.width <= 32
+    rectangle = torch.arange(n_places).reshape(len(lengths), width)
+    line = into_line(rectangle, layout.places)
+    back = into_rectangle(line, layout.places, layout.shape)
+    assert torch.equal(back.flatten()[real], rectangle.flatten()[real]) and int((back != 0).sum()) <= len(real)
+
+
+def test_a_batch_can_be_moved() -> None:
+    layout = lay_out([3, 40, 12])
+    assert layout is not None
+    moved = layout.to("meta", non_blocking=True)
+    assert moved.rows.is_meta and moved.places.is_meta and all(group.inside.is_meta for group in moved.groups)
