@@ -72,6 +72,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of one optimizer step.")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Rows computed at once.")] = None,
+    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed at once, padding counted.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of the body.")] = None,
     head_lr_factor: Annotated[float | None, typer.Option(help="The head's rate over the body's.")] = None,
     head_first_lr: Annotated[float | None, typer.Option(help="The head's rate until the rest opens.")] = None,

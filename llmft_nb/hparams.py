@@ -27,6 +27,7 @@ class TrainSettings:
     epochs: int = 6  # Passes over the training rows
     batch_size: int = 32  # Rows of one optimizer step
     micro_batch_size: int = 32  # Rows computed at once; smaller saves memory and changes nothing else
+    micro_batch_tokens: int = 0  # Tokens computed at once, padding counted; 0: as many as the device likes
     lr: float = 2e-4  # Peak learning rate of the body
     head_lr_factor: float = 5.0  # The head's rate is this times the body's
     head_first_lr: float = 0.0  # Peak rate of the head before the rest opens (head-then-full); 0: as afterwards
@@ -81,6 +82,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("epochs", 1, 10_000),
     ("batch_size", 1, 1_000_000),
     ("micro_batch_size", 1, 1_000_000),
+    ("micro_batch_tokens", 0, 1_000_000_000),
     ("lr", 1e-8, 1.0),
     ("head_lr_factor", 0.01, 1000.0),
     ("head_first_lr", 0.0, 1.0),
@@ -110,7 +112,7 @@ CHOICES = {
     "too_long": ("error", "drop_turns", "cut_prompt", "split", "drop"),
 }
 WHOLE_NUMBERS = (
-    *("epochs", "batch_size", "micro_batch_size", "max_length", "window", "seed"),
+    *("epochs", "batch_size", "micro_batch_size", "micro_batch_tokens", "max_length", "window", "seed"),
     *("overlap", "max_new_tokens", "n_written", "no_repeat_ngram"),
     *("evals_per_epoch", "patience", "save_every"),
 )

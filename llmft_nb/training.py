@@ -7,11 +7,11 @@ __all__ = ['TrainResult', 'LLMTrainer', 'Run', 'start_run', 'run_fingerprint', '
            'take_step', 'write_values', 'log_step', 'score_run', 'run_steps', 'finish_run', 'close_run']
 
 # %% ../nbs/06d_training.ipynb #98053395
-import contextlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ from .hparams import TrainSettings, lr_factors, parameter_groups
 from .last_block import open_last_block
 from .modeling import TunableModel, size_head
 from llmft_nb.steps import (
+    FiniteGuard,
     StepPlan,
     backward_step,
-    check_finite,
     f32_attention,
     is_evaluation_step,
     make_accelerator,
@@ -115,16 +115,13 @@ class LLMTrainer:
         resume: bool = False,  # Go on from the newest whole checkpoint in the folder, if there is one
     ) -> TrainResult:  # What came of it; the model holds the best weights
         "Train; the head is sized from the loader's labels first."
-        is_kept = self.folder is not None
-        with own_random_stream(), SignalGuard(active=is_kept) as guard, contextlib.ExitStack() as closing:
+        with own_random_stream(), SignalGuard(active=self.folder is not None) as guard, ExitStack() as closing:
             run = start_run(self, loader, epochs or self.settings.epochs, closing)
-            try:
-                open_folder(run, resume)
-                with f32_attention(self.model.network, run.accelerator):
-                    run_steps(run, guard)
-                return finish_run(run)
-            finally:
-                close_run(run)
+            closing.callback(close_run, run)
+            open_folder(run, resume)
+            with f32_attention(self.model.network, run.accelerator):
+                run_steps(run, guard)
+            return finish_run(run)
 
 # %% ../nbs/06d_training.ipynb #e2b382e5
 @dataclass
@@ -141,6 +138,7 @@ class Run:
     factor: Callable[[int], float]  # The learning rate's course
     peaks: list[float]  # Peak rate of each parameter group, unless the phase has one
     plan: StepPlan  # What a step needs to know
+    guard: FiniteGuard  # Keeps a step from being taken that leaves no number behind
     phases: list[Phase]  # What is open when
     movable: frozenset[str]  # Names of all weights that are open at some time
     metrics: MetricsFile | None = None  # The log; None without a folder, and on other processes than the first
@@ -187,7 +185,7 @@ def start_run(
     trainer: LLMTrainer,  # What the user chose
     loader: TextDataLoader,  # Training rows, with labels
     epochs: int,  # Passes over them
-    closing: contextlib.ExitStack,  # What is opened here is closed with it
+    closing: ExitStack,  # What is opened here is closed with it
 ) -> Run:  # Ready for its first step
     "Size the head, place the model, make the optimizer."
     model, settings, dataset = trainer.model, trainer.settings, loader.dataset
@@ -222,6 +220,7 @@ def start_run(
         factor=lr_factors(settings.schedule, state.n_steps, settings.warmup_frac, restarts),
         peaks=[group["lr"] for group in optimizer.param_groups],
         plan=plan_steps(settings, dataset, accelerator.device),
+        guard=FiniteGuard(optimizer, accelerator.device.type != "cpu" and bool(optimizer.defaults.get("fused"))),
         phases=phases,
         levels=trunk_levels(model.network, phases, state.n_steps, state.steps_per_epoch * accelerator.num_processes),
         movable=frozenset(name for name, weight in model.named_parameters() if weight.requires_grad),
@@ -247,6 +246,7 @@ def save_run(
 ) -> None:
     "Save a checkpoint; older ones beyond two go."
     trainer, state = run.trainer, run.state
+    run.guard.check()
     if trainer.folder is None or run.metrics is None:
         return
     tensors, numbers = flatten_optimizer(run.optimizer)
@@ -318,9 +318,9 @@ def take_step(
     loss = backward_step(run.accelerator, run.model, run.loader, rows, state.step, run.plan)
     weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
     norm = run.accelerator.clip_grad_norm_(weights, run.trainer.settings.max_grad_norm or float("inf"))
-    check_finite(loss, norm, state.step + 1, [run.loader.dataset.places[row] for row in rows[:8]])
-    can_move = norm > 0 and any(group["lr"] > 0 for group in run.optimizer.param_groups)
-    watch = Watch(run.trainer.model.network) if can_move and not run.is_watched else None
+    run.guard.see(loss, norm, state.step + 1, [run.loader.dataset.places[row] for row in rows[:8]])
+    can_move = not run.is_watched and norm > 0 and any(group["lr"] > 0 for group in run.optimizer.param_groups)
+    watch = Watch(run.trainer.model.network) if can_move else None
     run.stepper.step()
     run.stepper.zero_grad(set_to_none=True)
     state.step += 1
@@ -329,7 +329,7 @@ def take_step(
         run.is_watched = True
     run.pending.append(loss)
     log_is_due = state.step % run.trainer.log_every == 0 or state.step % state.steps_per_epoch == 0
-    run.tell("on_step", log_step(run, float(norm)) if log_is_due else {})
+    run.tell("on_step", log_step(run, norm) if log_is_due else {})
 
 # %% ../nbs/06d_training.ipynb #5d001ca2
 def write_values(
@@ -345,13 +345,13 @@ def write_values(
 # %% ../nbs/06d_training.ipynb #dbd129cc
 def log_step(
     run: Run,  # After a step
-    norm: float,  # Norm of the step's gradient before clipping
+    norm: torch.Tensor,  # Of the step's gradient before clipping, a scalar
 ) -> dict[str, float]:  # "loss" (mean since the last logged step), "lr" (of the first group), "grad_norm"
     "Log where the run stands."
-    mean_loss = float(torch.stack(run.pending).double().mean())
-    run.pending = []
+    run.guard.check()
+    mean_loss, run.pending = float(torch.stack(run.pending).double().mean()), []
     run.losses.append((run.state.step, mean_loss))
-    values = {"loss": mean_loss, "lr": float(run.optimizer.param_groups[0]["lr"]), "grad_norm": norm}
+    values = {"loss": mean_loss, "lr": float(run.optimizer.param_groups[0]["lr"]), "grad_norm": float(norm)}
     write_values(run, values)
     return values
 
@@ -362,6 +362,7 @@ def score_run(
     "Score the validation rows, keep the best weights, and ask the stopping rule."
     trainer, state = run.trainer, run.state
     assert trainer.evaluate is not None
+    run.guard.check()
     with run.embedding.as_it_was():
         scores = trainer.evaluate(trainer.model)
     set_modes(trainer.model.network)
@@ -420,9 +421,8 @@ def finish_run(
     run.accelerator.wait_for_everyone()
     run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     if state.best_step is not None:
-        best = run.best_weights
-        if trainer.folder is not None:
-            best, _ = load_checkpoint(trainer.folder / "checkpoints" / checkpoint_name("best", state.best_step))
+        name = checkpoint_name("best", state.best_step)
+        best = load_checkpoint(trainer.folder / "checkpoints" / name)[0] if trainer.folder else run.best_weights
         load_weights(model, best)
     model.random_names -= {name.removeprefix("network.") for name in run.movable}
     model.eval()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import pytest
 import torch
 from small import THINGS, small_rows, write_jsonl
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmft_nb import training
 from llmft_nb.callbacks import Callback
 from llmft_nb.core import UserError
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.modeling import LLMForSequenceClassification
+from llmft_nb.steps import FiniteGuard
 from llmft_nb.strategy import model_parts, open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
 
@@ -387,6 +391,95 @@ def test_a_loss_that_is_no_number_stops_the_run(value: float, small_model: Path,
     found = find_checkpoint(folder / "checkpoints").folder
     assert found is not None and found.name == "step-00000002"
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(found)[0].values())
+
+
+class Patient(FiniteGuard):
+    "As on a GPU."
+
+    def __init__(self, optimizer: torch.optim.Optimizer, is_patient: bool) -> None:
+        assert not is_patient, "this is a CPU"
+        super().__init__(optimizer, is_patient=True)
+
+
+def test_where_nobody_waits_for_the_device_the_weights_are_kept(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "The run hears of it at the next line of the log; until then no step is taken."
+    monkeypatch.setattr(training, "FiniteGuard", Patient)
+    model = LLMForSequenceClassification.from_pretrained(small_model)
+    calls: list[float] = []
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(float("nan") if len(calls) == 2 else 1.0)
+        return gradient * calls[-1]
+
+    model.network.model.norm.weight.register_hook(poison)
+    saved: list[dict[str, torch.Tensor]] = []
+
+    class Keep(Callback):
+        def on_step(self, state: Any, values: Mapping[str, float]) -> None:
+            saved.append(weights_of(model))
+
+    trainer = LLMTrainer(model, settings=plain_settings(), callbacks=[Keep()])
+    with pytest.raises(UserError, match="gradient norm nan at step 3; the step was not taken"):
+        trainer.train(TextDataLoader(TextDataset(small_rows(24), model.tokenizer), batch_size=4))
+    assert len(calls) == 6 and len(saved) == 5
+    assert moved(saved[0], model) and not any(moved(weights, model) for weights in saved[1:])
+
+
+class Questions(TorchDispatchMode):
+    "Counts how often a number of the device is looked at; whether a mask hides anything is for transformers to ask."
+
+    n_asked = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+        if function in asks:
+            Questions.n_asked += not any("masking_utils" in frame.filename for frame in traceback.extract_stack())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 3, "max_grad_norm": 1.0}])
+def test_a_step_asks_the_device_nothing(
+    settings: dict[str, Any], small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "So a GPU never stands idle while the host reads a number off it."
+    monkeypatch.setattr(training, "FiniteGuard", Patient)
+    take_step, asked = training.take_step, list[int]()
+
+    def counted(run: training.Run, rows: Any) -> None:
+        before = Questions.n_asked
+        with Questions():
+            take_step(run, rows)
+        asked.append(Questions.n_asked - before)
+
+    monkeypatch.setattr(training, "take_step", counted)
+    model = LLMForSequenceClassification.from_pretrained(small_model)
+    trainer = LLMTrainer(model, settings=plain_settings(**settings), callbacks=(), log_every=100)
+    trainer.train(TextDataLoader(TextDataset(small_rows(40), model.tokenizer), batch_size=8))
+    assert asked[0] > 0, "what the first step moved is looked at"
+    assert asked[1:4] == [0, 0, 0]
+    assert asked[4] > 0, "the epoch's last one is logged"
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40, 100])
+def test_parts_by_tokens_are_the_big_batch(n_tokens: int, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, sizes = small_rows(20), list[int]()
+    whole, losses = tuned(small_model, rows)
+    make = TextDataset.batch
+
+    def measured(dataset: TextDataset, indices: Any, epoch: int = 0) -> Any:
+        batch = make(dataset, indices, epoch)
+        sizes.append(batch["input_ids"].numel())
+        assert len(indices) == 1 or sizes[-1] <= n_tokens
+        return batch
+
+    monkeypatch.setattr(TextDataset, "batch", measured)
+    parts, same = tuned(small_model, rows, micro_batch_tokens=n_tokens)
+    assert len(sizes) > 3
+    assert same == pytest.approx(losses, rel=1e-5)
+    for name, weight in whole.items():
+        assert torch.allclose(parts[name], weight, atol=1e-6), name
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(small_model: Path) -> None:
