@@ -60,6 +60,7 @@ class TokenDataset:
     first_position = 0  # Number of a document's first position in a packed row; RoBERTa counts from 2
     draws = False  # Whether what a row shows is drawn anew for each epoch
     shows_asked = False  # Whether batches say row by row where they are asked, while the last block wants to know
+    tells_targets = False  # Whether a model is told what is right, to answer with its loss
     lay_out: Any = None  # Given the lengths of a batch's rows, says how their tokens stand in a line
     states: Any = None  # What a frozen trunk made of the rows, while it is in use; has `rows(indices, width)`
 

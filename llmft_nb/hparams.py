@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'WHOLE_NUMBERS', 'TASK_DEFAULTS', 'TrainSettings', 'strategy_defaults', 'check_strategy_settings',
-           'resolve_settings', 'read_config', 'head_lr', 'lr_factors', 'weight_depths', 'owners', 'parameter_groups']
+           'resolve_settings', 'tokens_at_once', 'read_config', 'head_lr', 'lr_factors', 'weight_depths', 'owners',
+           'parameter_groups']
 
 # %% ../nbs/04_hparams.ipynb #84bf0e6e
 import json
@@ -187,6 +188,14 @@ def resolve_settings(
     return TrainSettings(**values), origins
 
 # %% ../nbs/04_hparams.ipynb #9fc23458
+def tokens_at_once(
+    settings: TrainSettings,  # Where somebody may have said
+    device_type: str,  # "cpu", "cuda" or another of torch's
+) -> int:  # Padding counted
+    "Tokens of a micro-batch."
+    return settings.micro_batch_tokens or (4096 if device_type == "cpu" else 16_384)
+
+
 def read_config(
     path: Path,  # A .toml or .json file
 ) -> dict[str, Any]:  # Name and value of each entry; "-" in names is read as "_"

@@ -22,10 +22,15 @@ from .modeling import TunableModel, asking, output_layer, probe_ids, rounding_of
 def by_length(
     lengths: np.ndarray,  # Tokens of each row, shape (N,)
     batch_size: int,  # Rows at once
+    most_tokens: int | None = None,  # Tokens at once, padding counted, unless a row alone has more; None: any number
 ) -> list[list[int]]:  # Row numbers of each batch, the longest first, so that memory is short at once or never
     "Batches of rows of like length."
-    order = np.argsort(-lengths, kind="stable").tolist()
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order, batches, start = np.argsort(-lengths, kind="stable").tolist(), list[list[int]](), 0
+    while start < len(order):
+        fitting = batch_size if most_tokens is None else most_tokens // max(1, int(lengths[order[start]]))
+        batches.append(order[start : start + max(1, min(batch_size, fitting))])
+        start += len(batches[-1])
+    return batches
 
 # %% ../nbs/06b_inference.ipynb #93bbeee7
 def predict_logits(

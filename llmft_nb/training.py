@@ -59,6 +59,7 @@ from .strategy import PHASED, Strategy, parse_strategy, set_modes
 from .trunk_cache import OpenTrunk, open_trunk, trunk_levels
 from .trunk_states import TrunkStore
 from .unpadded import open_unpadded
+from .vocabulary import open_loss_parts
 
 # %% ../nbs/06d_training.ipynb #7de78ac4
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ def start_run(
     datasets = [dataset, *([trainer.valid] if trainer.valid is not None else [])]
     embedding = open_embedding(model, [dataset], accelerator.num_processes, trainer.optimizer is not None)
     closing.callback(embedding.close)
-    last = open_last_block(model, datasets)
-    opened = open_dropout(model.network, accelerator.device), last, open_unpadded(model, datasets, last is not None)
+    opened: list[Any] = [open_dropout(model.network, accelerator.device), open_last_block(model, datasets)]
+    opened += [open_unpadded(model, datasets, opened[1] is not None), open_loss_parts(model, dataset, settings)]
     for one in filter(None, opened):
         closing.callback(one.close)
     optimizer = trainer.optimizer or torch.optim.AdamW(parameter_groups(model.network, settings), fused=True)
@@ -406,8 +407,7 @@ def run_steps(
         is_due = is_evaluation_step(state.step, state.steps_per_epoch, settings.evals_per_epoch)
         if is_due and run.trainer.evaluate is not None:
             score_run(run)
-        ends_epoch = state.step % state.steps_per_epoch == 0
-        if ends_epoch or state.step % settings.save_every == 0 or state.stop or guard.received:
+        if 0 in (state.step % state.steps_per_epoch, state.step % settings.save_every) or state.stop or guard.received:
             save_run(run, time.monotonic() - started_s)
         if guard.received:
             raise Interrupted(guard.received, str(run.trainer.folder))

@@ -119,7 +119,7 @@ def collect_states(
     trunk.is_collecting = True
     try:
         with asking(model) as place:
-            for rows in by_length(dataset.lengths, batch_size):
+            for rows in by_length(dataset.lengths, batch_size, 2048 if place.type == "cpu" else None):
                 batch = question(dataset, rows, place)
                 if isinstance(model, PositionModel):
                     batch["keep"] = torch.zeros(1, dtype=torch.int64, device=place)  # The head is not asked anything

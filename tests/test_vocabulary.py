@@ -1,0 +1,113 @@
+"A loss over a vocabulary in parts: the same as over all scores at once."
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import DECODERS, MASKED, answering, labelled, masked, step
+
+from llmft_nb import training, vocabulary
+from llmft_nb.data import TextDataLoader
+from llmft_nb.hparams import TrainSettings
+from llmft_nb.inference import row_losses
+from llmft_nb.training import LLMTrainer
+from llmft_nb.vocabulary import LossInParts, open_loss_parts
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"), [*((kind, answering) for kind in DECODERS), *((kind, masked) for kind in MASKED)]
+)
+def test_loss_and_gradient_are_the_same(kind: str, made: Callable[..., Any], save_small: Callable[..., Path]) -> None:
+    model, dataset = made(save_small(kind))
+    loss, gradient = step(model, dataset)
+    n_targets, n_tokens = len(dataset.targets(range(len(dataset)))), len(model.tokenizer)
+    parts = LossInParts(model, 2 * n_tokens, dataset)
+    asked = dataset.batch(range(len(dataset)))
+    asked["targets"] = asked.pop("labels")
+    model.eval()
+    assert model(**asked).shape[0] == n_targets, "a model that is asked gives scores"
+    parts.is_tried = True
+    model.zero_grad()
+    answer = model(**asked)
+    parts.close()
+    (answer / n_targets).backward()
+    assert not answer.dim() and answer.item() / n_targets == pytest.approx(loss, rel=1e-5)
+    found = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    for one, other in zip(gradient, found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+    assert not any("forward" in vars(module) for module in model.modules()) and not dataset.tells_targets
+
+
+@pytest.mark.parametrize("strategy", ["full", "top:1", "lora:2"])
+@pytest.mark.parametrize(("kind", "made"), [("Llama", answering), ("Bert", partial(masked, packing=False))])
+def test_the_same_is_learnt(
+    kind: str,
+    made: Callable[..., Any],
+    strategy: str,
+    save_small: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+) -> None:
+    from llmft_nb.adapters import apply_strategy
+    from llmft_nb.strategy import parse_strategy
+
+    folder = save_small(kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    opened = list[LossInParts | None]()
+
+    def learnt() -> tuple[list[float], list[torch.Tensor]]:
+        model, dataset = made(folder)
+        apply_strategy(model, parse_strategy(strategy), 0)
+        settings = TrainSettings(epochs=2, batch_size=8, lr=3e-3, precision="f32")
+        trainer = LLMTrainer(
+            model,
+            settings=settings,
+            strategy=strategy,
+            callbacks=(),
+            log_every=1,
+            evaluate=lambda model: {"loss": -float(row_losses(model, dataset)[0].sum())},
+            monitor="loss",
+        )
+        result = trainer.train(TextDataLoader(dataset, batch_size=8, shuffle=True))
+        return [loss for _, loss in result.losses], list(model.parameters())
+
+    def noted(*given: Any) -> LossInParts | None:
+        opened.append(open_loss_parts(*given, most_scores=4000))
+        return opened[-1]
+
+    in_parts, apply = list[int](), vocabulary._InParts.apply
+
+    def counted(*given: Any) -> torch.Tensor:
+        in_parts.append(1)
+        return apply(*given)
+
+    monkeypatch.setattr(vocabulary._InParts, "apply", counted)
+    monkeypatch.setattr(training, "open_loss_parts", noted)
+    losses, weights = learnt()
+    assert opened[0] is not None and len(in_parts) > len(losses) / 2
+    monkeypatch.setattr(training, "open_loss_parts", lambda *_: None)
+    plain_losses, plain = learnt()
+    assert losses == pytest.approx(plain_losses, abs=1e-5)
+    for one, other in zip(weights, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+def test_labels_and_small_vocabularies_are_left_alone(save_small: Callable[..., Path]) -> None:
+    folder = save_small("Llama")
+    for made in (labelled, answering):
+        model, dataset = made(folder)
+        assert open_loss_parts(model, dataset, TrainSettings()) is None
+    assert open_loss_parts(model, dataset, TrainSettings(), most_scores=10) is not None
+
+
+def test_a_head_that_sees_all_places_scores_all_at_once(save_small: Callable[..., Path]) -> None:
+    model, dataset = answering(save_small("Llama"))
+    head = model.network.get_output_embeddings()
+    hook = head.register_forward_hook(lambda head, given, scores: scores + scores.mean(-2, keepdim=True))
+    assert open_loss_parts(model, dataset, TrainSettings(), most_scores=10) is None
+    hook.remove()
+    assert not any("forward" in vars(module) for module in model.modules()) and not dataset.tells_targets
