@@ -122,7 +122,7 @@ def open_loss_parts(
 ) -> LossInParts | None:  # To be closed afterwards; None where scores are few, or cannot be made in parts
     "Have a model answer with its loss in parts, if its vocabulary is large and the loss stays the same."
     output = model.network.get_output_embeddings() if isinstance(model, PositionModel) else None
-    parts, place = None, next(model.parameters()).device
+    parts, tried, place = None, None, next(model.parameters()).device
     most_places = max(tokens_at_once(settings, place.type), int(dataset.lengths.max()))
     if dataset.label_names or output is None or len(output.weight) * most_places <= most_scores:
         return None
@@ -134,11 +134,12 @@ def open_loss_parts(
         parts = LossInParts(model, len(output.weight) * max(1, len(targets) // 2), dataset)
         parts.is_tried = True
         tried = model(**batch, targets=targets)
-        if not tried.dim() and abs(tried - plain) <= rounding_of(model.network) * abs(plain):
-            parts.is_tried, parts.most_scores = False, most_scores
-            return parts
     except Exception:  # Whatever an architecture trips over, it scores all at once
-        pass
-    if parts is not None:
+        tried = None
+    if parts is None:
+        return None
+    if tried is None or tried.dim() or not abs(tried - plain) <= rounding_of(model.network) * abs(plain):
         parts.close()
-    return None
+        return None
+    parts.is_tried, parts.most_scores = False, most_scores
+    return parts
