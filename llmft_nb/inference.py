@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_length', 'predict_logits', 'probabilities', 'decide', 'name_answers', 'predict_positions', 'row_losses',
-           'last_states', 'pooled_features', 'question', 'head_inputs', 'padding_gap']
+           'last_states', 'pooled_features', 'question', 'head_inputs', 'shaped_like', 'read_rule', 'padding_gap']
 
 # %% ../nbs/06b_inference.ipynb #f97ac9a8
 import inspect
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .data import TokenDataset, collate
-from .modeling import TunableModel, asking, output_layer, probe_ids, rounding_of
+from .modeling import PositionModel, TunableModel, asking, output_layer, probe_ids, rounding_of
+from .strategy import find_blocks
 
 # %% ../nbs/06b_inference.ipynb #23e1b8d9
 def by_length(
@@ -181,6 +182,42 @@ def head_inputs(
             return model(**question(dataset, indices, place)).float().cpu().numpy()
     finally:
         setattr(parent, name, layer)
+
+# %% ../nbs/06b_inference.ipynb #06c0f009
+def shaped_like(
+    answer: Any,  # States, or a tuple that begins with them
+    states: torch.Tensor,  # Others
+) -> Any:  # As `answer` is, with these states
+    "Other states in the shape that a block hands them on."
+    return (states, *answer[1:]) if isinstance(answer, tuple) else states
+
+
+def read_rule(
+    model: TunableModel,  # Any
+    dataset: TokenDataset,  # Rows to try
+) -> str:  # "first", "last" (of a row's tokens), "asked" (where a batch asks), or "" for anything else
+    "Which places of the last block's states the head reads."
+    if isinstance(model, PositionModel):
+        return "asked"
+    order = dataset.lengths.argsort(kind="stable")
+    rows, seen = [int(order[0]), int(order[-1])], list[torch.Tensor]()
+
+    def watch(block: nn.Module, given: Any, answer: Any) -> Any:
+        states = answer[0] if isinstance(answer, tuple) else answer
+        seen.append(states.detach().requires_grad_())
+        return shaped_like(answer, seen[-1])
+
+    hook = find_blocks(model.network)[1][-1].register_forward_hook(watch)
+    try:
+        with asking(model) as place, torch.enable_grad():
+            total = model(**question(dataset, rows, place)).float().square().sum()
+            (slopes,) = torch.autograd.grad(total, seen[-1])
+    finally:
+        hook.remove()
+    read = [row.nonzero().flatten().tolist() for row in slopes.abs().sum(-1)]
+    if read == [[0], [0]]:
+        return "first"
+    return "last" if read == [[int(dataset.lengths[row]) - 1] for row in rows] else ""
 
 # %% ../nbs/06b_inference.ipynb #06c0f002
 def padding_gap(

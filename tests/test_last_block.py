@@ -15,7 +15,8 @@ from llmft_nb import training
 from llmft_nb.data import TextDataLoader, TokenDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.hparams import TrainSettings
-from llmft_nb.last_block import AskedAttention, LastBlock, open_last_block, read_rule
+from llmft_nb.inference import read_rule
+from llmft_nb.last_block import AskedAttention, LastBlock, open_last_block
 from llmft_nb.modeling import LLMForCausalLM, TunableModel
 from llmft_nb.rows import read_rows
 from llmft_nb.strategy import find_blocks, open_parts, parse_strategy

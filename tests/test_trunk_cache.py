@@ -18,7 +18,7 @@ from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import pooled_features, predict_logits
 from llmft_nb.modeling import LLMForSequenceClassification, size_head
-from llmft_nb.strategy import PHASED, parse_strategy
+from llmft_nb.strategy import PHASED, find_blocks, parse_strategy
 from llmft_nb.training import LLMTrainer, TrainResult
 from llmft_nb.trunk_cache import Trunk, collect_states, open_trunk, trunk_keys
 from llmft_nb.trunk_states import TrunkStore
@@ -98,6 +98,26 @@ def test_states_are_found_again_by_another_store(save_small: Callable[..., Path]
     with torch.no_grad():
         model.network.get_input_embeddings().weight += 0.1
     assert not torch.equal(opened(TrunkStore(tmp_path)), first), "other weights, other states"
+
+
+@pytest.mark.parametrize(("kind", "is_last"), [("Bert", False), ("Roberta", False), ("Llama", True), ("GPT2", True)])
+def test_of_a_row_only_what_the_head_reads_is_kept(
+    kind: str, is_last: bool, save_small: Callable[..., Path], tmp_path: Path, one_thread: None
+) -> None:
+    model = LLMForSequenceClassification.from_pretrained(save_small(kind))
+    dataset = TextDataset(small_rows(20), model.tokenizer)
+    size_head(model, dataset.label_names)
+    computed, n_blocks = predict_logits(model, dataset), len(find_blocks(model.network)[1])
+    for _ in range(2):  # Made, and found again
+        kept = open_trunk(model, [dataset], n_blocks, 1.0, TrunkStore(tmp_path))
+        assert kept.words.startswith(f"kept: {n_blocks} blocks, 21 tokens")
+        assert dataset.states.states.shape[0] == 21
+        assert dataset.states.only.tolist() == [length - 1 if is_last else 0 for length in dataset.lengths]
+        assert abs(predict_logits(model, dataset) - computed).max() < 1e-5
+        kept.close()
+    below = open_trunk(model, [dataset], n_blocks - 1, 1.0, TrunkStore(tmp_path))
+    assert dataset.states.only is None and len(dataset.states.states) == dataset.lengths.sum() + 1
+    below.close()
 
 
 def test_a_trunk_that_is_closed_leaves_a_model_as_it_was(save_small: Callable[..., Path]) -> None:
