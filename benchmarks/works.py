@@ -126,17 +126,6 @@ def classify_job(work: Work, seed: int, model_name: str, n_rows: int) -> Job:
     return Job(work, seed, model, train, score)
 
 
-def instruct_rows() -> tuple[Rows, Rows]:
-    "Training rows and rows to be judged by: rasbt_instruct, or the house pharmacy's answers."
-    if folder := folder_of("rasbt_instruct"):
-        train, test = (read_rows(folder / f"{s}.jsonl", {"output": "completion"}) for s in ("train", "test"))
-        return tuple(check_instruct(rows, prompt_template=PROMPT) for rows in (train, test))
-    return tuple(
-        check_instruct(read_rows("pharmacy", {"text": "prompt", "reason": "completion"}, split))
-        for split in ("train", "test")
-    )
-
-
 def writing_model(work: Work, seed: int, model_name: str) -> LLMForCausalLM:
     "A random model of Qwen3's shape, 25 million weights with a vocabulary of 30,522."
     import torch
