@@ -15,6 +15,7 @@ from torch import nn
 
 from llmft_nb import training
 from llmft_nb.data import TextDataLoader, TextDataset, TokenDataset
+from llmft_nb.forwards import answer_through
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.last_block import open_last_block
 from llmft_nb.modeling import LLMForSequenceClassification, TunableModel, size_head
@@ -111,6 +112,53 @@ def test_the_same_is_learnt(
     assert losses == pytest.approx(plain_losses, abs=1e-5)
     for one, other in zip(weights, plain, strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "GPT2", "Llama", "Gemma"])
+def test_rows_of_very_different_lengths_attend_in_groups(kind: str, save_small: Callable[..., Path]) -> None:
+    model = LLMForSequenceClassification.from_pretrained(save_small(kind))
+    size_head(model, ["sea", "tool"])
+    texts = ["a saw " * n for n in (1, 3, 30, 4, 70, 11, 31)]
+    rows = [{"text": text, "label": ("sea", "tool")[i % 2]} for i, text in enumerate(texts)]
+    dataset = TextDataset(rows, model.tokenizer)
+    layout = lay_out(dataset.lengths)
+    assert layout is not None and len(layout.groups) > 2
+    loss, gradient = step(model, dataset)
+    unpadded = open_unpadded(model, [dataset])
+    assert unpadded is not None
+    unpadded.is_tried = True
+    lined_loss, lined = step(model, dataset)
+    assert unpadded.layout is None and not unpadded.lined, "a batch that is done is forgotten"
+    unpadded.close()
+    assert lined_loss == pytest.approx(loss, abs=1e-5)
+    for one, other in zip(gradient, lined, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_without_a_mask_nobody_attends_to_places_without_tokens() -> None:
+    lengths, attend = np.array([3, 40, 12]), nn.functional.scaled_dot_product_attention
+    layout = lay_out(lengths)
+    assert layout is not None
+    line = torch.randn(1, 2, int(lengths.sum()), 8)
+    with LinedAttention(layout):
+        found = attend(line, line, line)
+    start = 0
+    for length in sorted(lengths):
+        own = line[:, :, start : start + length]
+        torch.testing.assert_close(found[:, :, start : start + length], attend(own, own, own))
+        start += length
+
+
+def test_two_functions_in_the_place_of_one_forward() -> None:
+    layer, values = nn.Linear(2, 2), torch.ones(2)
+    plain = layer(values)
+    inner = answer_through(layer, lambda forward, given: forward(given) + 1)
+    outer = answer_through(layer, lambda forward, given: forward(given) * 2)
+    assert torch.equal(layer(values), (plain + 1) * 2)
+    outer()
+    assert torch.equal(layer(values), plain + 1)
+    inner()
+    assert torch.equal(layer(values), plain) and "forward" not in vars(layer)
 
 
 def test_whoever_attends_otherwise_computes_rectangles(save_small: Callable[..., Path]) -> None:
