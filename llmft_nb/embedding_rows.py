@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .data import TokenDataset
-from .forwards import answer_through
+from .forwards import InUse, answer_through
 from .hparams import owners
 from .modeling import TunableModel
 
@@ -36,16 +36,13 @@ def occurring_tokens(
     return torch.from_numpy(np.unique(np.concatenate(seen)))
 
 # %% ../nbs/06c_embedding_rows.ipynb #06f1000c
-class OpenEmbedding:
+class OpenEmbedding(InUse):
     "An embedding that is left alone."
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
         "For a while the model's weights are those that it came with; what is done to them stays."
         yield
-
-    def close(self) -> None:
-        "Leave the model as it was."
 
 
 class OccurringRows(OpenEmbedding):
@@ -56,6 +53,7 @@ class OccurringRows(OpenEmbedding):
         embedding: nn.Embedding,  # Its weight is used nowhere else
         occurring: torch.Tensor,  # Token ids, ascending
     ) -> None:
+        super().__init__()
         self.embedding, self.whole = embedding, embedding.weight
         self.ids = occurring.to(self.whole.device)
         self.table = torch.full((len(self.whole),), -1, device=self.whole.device)
@@ -63,7 +61,7 @@ class OccurringRows(OpenEmbedding):
         self.some = nn.Parameter(self.whole.detach()[self.ids], requires_grad=self.whole.requires_grad)
         self.padding_idx = embedding.padding_idx
         embedding.weight = self.some
-        self.undo = answer_through(embedding, self.answer)
+        self.undo.callback(answer_through(embedding, self.answer))
         if self.padding_idx is not None:
             embedding.padding_idx = int(self.table[self.padding_idx])
 
@@ -101,7 +99,7 @@ class OccurringRows(OpenEmbedding):
         "Give the embedding its own weight back, with what was learnt."
         self.put_back()
         self.embedding.weight, self.embedding.padding_idx = self.whole, self.padding_idx
-        self.undo()
+        super().close()
 
 # %% ../nbs/06c_embedding_rows.ipynb #06f10011
 class _AddedInPlace(torch.autograd.Function):
@@ -130,9 +128,10 @@ class TiedRows(OpenEmbedding):
         self,
         embedding: nn.Embedding,  # A plain one, whose weight the output layer has too
     ) -> None:
+        super().__init__()
         self.embedding = embedding
         self.anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)  # Calls backward
-        self.close = answer_through(embedding, self.answer)  # type: ignore[method-assign]
+        self.undo.callback(answer_through(embedding, self.answer))
 
     def answer(
         self,

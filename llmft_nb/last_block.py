@@ -14,9 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
-from .forwards import InUse, answer_through, see_batches
+from .forwards import InUse, answer_through, keep_if_same, see_batches
 from .inference import question, read_rule, shaped_like
-from .modeling import TunableModel, asking, rounding_of
+from .modeling import TunableModel
 from .strategy import find_blocks
 
 # %% ../nbs/06c_last_block.ipynb #06f0000c
@@ -147,22 +147,10 @@ def open_last_block(
     datasets: list[TokenDataset],  # Rows that it will read; some of the first are tried
 ) -> LastBlock | None:  # To be closed afterwards; None where the block has to compute everything
     "Have the last block compute where it is read, if the model answers the same."
-    dataset = datasets[0]
-    rows = range(min(8, len(dataset)))
-    last = None
-    try:
+    dataset, place = datasets[0], next(model.parameters()).device
+
+    def put() -> LastBlock | None:
         rule = read_rule(model, dataset)
-        if not rule:
-            return None
-        with asking(model) as place:
-            plain = model(**question(dataset, rows, place))
-            last = LastBlock(model, rule, datasets)
-            narrow = model(**question(dataset, rows, place))
-    except Exception:  # Whatever an architecture trips over, it computes as ever
-        narrow = None
-    if last is None:
-        return None
-    if narrow is None or not (narrow - plain).abs().max() <= rounding_of(model.network) * plain.abs().max():
-        last.close()
-        return None
-    return last
+        return LastBlock(model, rule, datasets) if rule else None
+
+    return keep_if_same(model, put, lambda: model(**question(dataset, range(min(8, len(dataset))), place)))

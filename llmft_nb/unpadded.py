@@ -18,9 +18,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
-from .forwards import InUse, answer_through, see_batches
+from .forwards import InUse, answer_through, keep_if_same, see_batches
 from .inference import question
-from .modeling import TunableModel, asking, rounding_of
+from .modeling import TunableModel
 from .strategy import find_blocks
 
 # %% ../nbs/06c_unpadded.ipynb #06f4000b
@@ -181,7 +181,6 @@ class Unpadded(InUse):
         self.model, self.n_blocks = model, n_blocks
         self.layout: Layout | None = None  # Of the batch at hand
         self.lined: dict[int, tuple[Any, Any]] = {}  # What its blocks share beside their states, and in a line
-        self.is_tried = False  # Whether it is for a model that is asked, too
         for number, block in enumerate(find_blocks(model.network)[1][:n_blocks]):
             self.undo.callback(answer_through(block, partial(self.answer, number)))
         self.undo.callback(see_batches(model, self.take, self.drop))
@@ -251,22 +250,10 @@ def open_unpadded(
     rows = sorted({int(order[i * (len(order) - 1) // 4]) for i in range(5)})
     if "segments" in dataset.tokens.column_names or lay_out(dataset.lengths[rows]) is None:
         return None
-    unpadded = None
-    try:
+    place = next(model.parameters()).device
+
+    def put() -> Unpadded | None:
         n_blocks = len(find_blocks(model.network)[1]) - without_last
-        if n_blocks < 1:
-            return None
-        with asking(model) as place:
-            plain = model(**question(dataset, rows, place))
-            unpadded = Unpadded(model, n_blocks, datasets)
-            unpadded.is_tried = True
-            lined = model(**question(dataset, rows, place))
-            unpadded.is_tried = False
-    except Exception:  # Whatever an architecture trips over, it computes as ever
-        lined = None
-    if unpadded is None:
-        return None
-    if lined is None or not (lined - plain).abs().max() <= rounding_of(model.network) * plain.abs().max():
-        unpadded.close()
-        return None
-    return unpadded
+        return Unpadded(model, n_blocks, datasets) if n_blocks > 0 else None
+
+    return keep_if_same(model, put, lambda: model(**question(dataset, rows, place)))

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from .data import TokenDataset
-from .forwards import InUse, answer_through
+from .forwards import InUse, answer_through, keep_if_same
 from .hparams import TrainSettings, tokens_at_once
 from .inference import question
-from .modeling import PositionModel, TunableModel, rounding_of
+from .modeling import PositionModel, TunableModel
 from .objectives import classification_loss_sum
 
 # %% ../nbs/06c_vocabulary.ipynb #06f50008
@@ -64,7 +64,6 @@ class LossInParts(InUse):
     ) -> None:
         super().__init__()
         self.model, self.network, self.most_scores = model, model.network, most_scores
-        self.is_tried = False  # Whether a model that is asked answers with its loss, too
         output = model.network.get_output_embeddings()
         self.n_scores = len(output.weight)
         inside = {id(weight) for weight in model.network.base_model.parameters()} - {id(output.weight)}
@@ -122,24 +121,22 @@ def open_loss_parts(
 ) -> LossInParts | None:  # To be closed afterwards; None where scores are few, or cannot be made in parts
     "Have a model answer with its loss in parts, if its vocabulary is large and the loss stays the same."
     output = model.network.get_output_embeddings() if isinstance(model, PositionModel) else None
-    parts, tried, place = None, None, next(model.parameters()).device
+    place = next(model.parameters()).device
     most_places = max(tokens_at_once(settings, place.type), int(dataset.lengths.max()))
     if dataset.label_names or output is None or len(output.weight) * most_places <= most_scores:
         return None
-    try:
-        batch = question(dataset, range(min(2, len(dataset))), place)
-        targets = torch.zeros(len(batch["keep"]), dtype=torch.int64, device=place)
-        with torch.no_grad():
-            plain = classification_loss_sum(model(**batch), targets)
-        parts = LossInParts(model, len(output.weight) * max(1, len(targets) // 2), dataset)
-        parts.is_tried = True
-        tried = model(**batch, targets=targets)
-    except Exception:  # Whatever an architecture trips over, it scores all at once
-        tried = None
-    if parts is None:
-        return None
-    if tried is None or tried.dim() or not abs(tried - plain) <= rounding_of(model.network) * abs(plain):
-        parts.close()
-        return None
-    parts.is_tried, parts.most_scores = False, most_scores
+    batch = question(dataset, range(min(2, len(dataset))), place)
+    targets = torch.zeros(len(batch["keep"]), dtype=torch.int64, device=place)
+
+    def ask() -> torch.Tensor:
+        if not dataset.tells_targets:
+            return classification_loss_sum(model(**batch), targets)
+        loss = model(**batch, targets=targets)
+        assert not loss.dim(), "scores all at once"
+        return loss
+
+    n_few = len(output.weight) * max(1, len(targets) // 2)
+    parts = keep_if_same(model, lambda: LossInParts(model, n_few, dataset), ask)
+    if parts is not None:
+        parts.most_scores = most_scores
     return parts

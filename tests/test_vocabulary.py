@@ -104,6 +104,14 @@ def test_labels_and_small_vocabularies_are_left_alone(save_small: Callable[..., 
     assert open_loss_parts(model, dataset, TrainSettings(), most_scores=10) is not None
 
 
+def test_dropout_does_not_make_the_trial_fail(save_small: Callable[..., Path]) -> None:
+    model, dataset = answering(save_small("GPT2", resid_pdrop=0.5, embd_pdrop=0.5))
+    model.train()
+    parts = open_loss_parts(model, dataset, TrainSettings(), most_scores=10)
+    assert parts is not None and model.training
+    parts.close()
+
+
 def test_a_head_that_sees_all_places_scores_all_at_once(save_small: Callable[..., Path]) -> None:
     model, dataset = answering(save_small("Llama"))
     head = model.network.get_output_embeddings()
