@@ -251,9 +251,7 @@ def cells_of(file: Path) -> Iterator[tuple[tuple[str, str, int], dict[str, list[
             groups = found.setdefault((line["name"], line["task"], line["rows"]), {})
             groups.setdefault(line["strategy"], []).append(line)
     for key in sorted(found, key=lambda key: (*key[:2], key[2] or math.inf)):
-        n_seeds = min(
-            N_SEEDS, max(map(len, found[key].values()))
-        )  # A strategy under way is left out until it has so many
+        n_seeds = min(N_SEEDS, max(map(len, found[key].values())))  # Whoever is under way is left out until then
         whole = {name: group for name, group in found[key].items() if len(group) >= n_seeds}
         ordered = {name: sorted(group, key=lambda line: line["seed"]) for name, group in whole.items()}
         yield key, {strategy: ordered[strategy] for strategy in STRATEGIES if strategy in ordered}
