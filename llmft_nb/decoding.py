@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .core import UserError, stream_seed
-from .modeling import asking, position_limit
+from .modeling import asking, inner_model, position_limit
 
 # %% ../nbs/06c_decoding.ipynb #f912f8b6
 def choose_tokens(
@@ -212,7 +212,7 @@ def blank_settings(
     "No generation settings but the caller's for a while; the model's own are put back."
     from transformers import GenerationConfig
 
-    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
+    inner: Any = inner_model(network)
     settings = getattr(inner, "generation_config", None)
     inner.generation_config = GenerationConfig()
     try:
@@ -332,7 +332,7 @@ def token_steps(
     stops: Sequence[int],  # Tokens that end the answer
 ) -> Iterator[int]:  # Token ids, the end token included
     "Tokens of one answer, as they are made."
-    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
+    inner = inner_model(network)
     extra: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         extra["logits_to_keep"] = 1  # scores of the prompt's other tokens would fill the memory

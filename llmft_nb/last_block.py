@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .data import TokenDataset
 from .forwards import InUse, answer_through, keep_if_same, see_batches
 from .inference import question, read_rule, shaped_like
+from .line import Layout, into_rectangle, places_in_line
 from .modeling import TunableModel
 from .strategy import find_blocks
 
@@ -30,9 +31,10 @@ class AskedAttention(TorchFunctionMode):
     def __init__(
         self,
         places: torch.Tensor,  # Which tokens ask the second time, shape (N, S)
+        layout: Layout | None = None,  # How the tokens of the rows stand in a line; None: in a rectangle
     ) -> None:
         super().__init__()
-        self.places = places
+        self.places, self.layout = places, layout
         self.kept: dict[str, Any] | None = None  # What attention was asked with the first time
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,14 +48,21 @@ class AskedAttention(TorchFunctionMode):
             self.kept = asked
             raise Stopped
         packed, whole = asked["query"], self.kept["query"]  # With one token transformers packs heads that share keys
-        query = packed.reshape(*whole.shape[:2], self.places.shape[1], -1)
-        answer = attention(**(self.kept | {"query": query, "attn_mask": self.narrow_mask(), "is_causal": False}))
-        return answer.reshape(*packed.shape[:3], -1)
+        query = packed.reshape(*whole.shape[:2], -1, whole.shape[-1])
+        told = {"query": query, "attn_mask": self.narrow_mask(), "is_causal": False}
+        if self.layout is None:
+            return attention(**(self.kept | told)).reshape(*packed.shape[:3], -1)
+        told |= {"query": query[0].unflatten(1, self.places.shape).transpose(0, 1)}
+        for name in ("key", "value"):
+            line = self.kept[name][0].transpose(0, 1)  # Shape (tokens, heads, width of one)
+            told[name] = into_rectangle(line, self.layout.places, self.layout.shape).transpose(1, 2)
+        return attention(**(self.kept | told)).transpose(0, 1).reshape(*packed.shape[:3], -1)
 
     def narrow_mask(self) -> torch.Tensor | None:  # Shape (N, heads or 1, S, T); None where all may look everywhere
         "The rows of the first mask that belong to the places."
         assert self.kept is not None
-        mask, n_tokens = self.kept.get("attn_mask"), self.kept["key"].shape[-2]
+        mask = self.kept.get("attn_mask")
+        n_tokens = self.kept["key"].shape[-2] if self.layout is None else self.layout.shape[1]
         if mask is None:
             if not self.kept.get("is_causal"):
                 return None
@@ -91,7 +100,7 @@ class LastBlock(InUse):
         datasets: Iterable[TokenDataset] = (),  # Rows that are to say where they are asked
     ) -> None:
         super().__init__()
-        self.rule, self.places, self.n_narrow = rule, None, 0
+        self.rule, self.places, self.layout, self.n_narrow = rule, None, None, 0
         self.undo.callback(answer_through(find_blocks(model.network)[1][-1], self.answer))
         self.undo.callback(see_batches(model, self.take, self.drop))
         for dataset in datasets if rule == "asked" else ():
@@ -99,6 +108,7 @@ class LastBlock(InUse):
             self.undo.callback(setattr, dataset, "shows_asked", False)
 
     places: torch.Tensor | None  # Of the batch at hand, shape (N, S); -1 where a row is read less often
+    layout: Layout | None  # How its tokens stand in a line, should somebody put them there
 
     def take(
         self,
@@ -106,12 +116,13 @@ class LastBlock(InUse):
     ) -> None:
         "See where a batch is read."
         self.places, mask = batch.pop("asked_places", None), batch.get("attention_mask")
+        self.layout = batch.get("layout")
         if self.rule != "asked" and mask is not None:
             self.places = torch.zeros_like(mask[:, :1]) if self.rule == "first" else mask.sum(1, keepdim=True) - 1
 
     def drop(self) -> None:
         "Forget the places of a batch that is done."
-        self.places = None
+        self.places = self.layout = None
 
     def answer(
         self,
@@ -121,24 +132,25 @@ class LastBlock(InUse):
     ) -> Any:  # As the block itself would, with zeros at places that nobody reads
         "What the block hands on."
         states = arguments[0] if arguments else others["hidden_states"]
-        if self.places is None or 2 * self.places.shape[1] > states.shape[1]:
+        n_rows, n_tokens = states.shape[:2]
+        if self.places is None or 2 * self.places.numel() > n_rows * n_tokens:
             return forward(*arguments, **others)
         places, is_read = self.places.clamp(min=0), self.places >= 0
-        n_rows, n_tokens = states.shape[:2]
-        others = others | {name: None for name in ("past_key_values", "past_key_value") if name in others}
-        asked = AskedAttention(places)
+        layout = self.layout if self.layout is not None and n_rows < len(places) else None
+        where = places if layout is None else places_in_line(layout, places).view(1, -1)
+        asked = AskedAttention(places, layout)
         try:
             with asked:
                 return forward(*arguments, **others)  # It asked for no attention of torch's
         except Stopped:
             self.n_narrow += 1
         with asked:
-            some = [at_places(one, places, n_tokens) for one in arguments]
-            answer = forward(*some, **{name: at_places(one, places, n_tokens) for name, one in others.items()})
+            some = [at_places(one, where, n_tokens) for one in arguments]
+            answer = forward(*some, **{name: at_places(one, where, n_tokens) for name, one in others.items()})
         found = answer[0] if isinstance(answer, tuple) else answer
         rows = torch.arange(n_rows, device=places.device)[:, None]
-        found = torch.where(is_read[..., None], found, 0)
-        whole = found.new_zeros(n_rows, n_tokens, found.shape[-1]).index_put((rows, places), found, accumulate=True)
+        found = torch.where(is_read.view(*where.shape, 1), found, 0)
+        whole = found.new_zeros(n_rows, n_tokens, found.shape[-1]).index_put((rows, where), found, accumulate=True)
         return shaped_like(answer, whole)
 
 # %% ../nbs/06c_last_block.ipynb #06f00018

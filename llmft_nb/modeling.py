@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['TASK_WORDS', 'OFFSET_POSITIONS', 'four_bit_config', 'load_network', 'head_parameters', 'first_position',
-           'position_limit', 'output_layer', 'check_end_token', 'TunableModel', 'LLMForSequenceClassification',
-           'new_output_layer', 'size_head', 'only_at', 'PositionModel', 'LLMForTokenClassification', 'LLMForCausalLM',
-           'LLMForMaskedLM', 'asking', 'model_family', 'probe_ids', 'rounding_of', 'looks_ahead', 'check_looks_back']
+           'position_limit', 'output_layer', 'check_end_token', 'inner_model', 'takes_cache', 'TunableModel',
+           'LLMForSequenceClassification', 'new_output_layer', 'size_head', 'only_at', 'PositionModel',
+           'LLMForTokenClassification', 'LLMForCausalLM', 'LLMForMaskedLM', 'asking', 'model_family', 'probe_ids',
+           'rounding_of', 'looks_ahead', 'check_looks_back']
 
 # %% ../nbs/02b_modeling.ipynb #a84cfb75
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -140,6 +143,22 @@ def check_end_token(
         mend="put the tokenizer's files that belong to these weights beside them",
     )
 
+# %% ../nbs/02b_modeling.ipynb #02b0c002
+def inner_model(
+    network: Any,  # A transformers model, perhaps with adapters around it
+) -> nn.Module:  # Without them
+    "The model that transformers made."
+    found: nn.Module = network.get_base_model() if hasattr(network, "get_base_model") else network
+    return found
+
+
+@functools.cache
+def takes_cache(
+    kind: Any,  # A class of transformers
+) -> bool:  # False for encoders
+    "Whether a model could keep keys and values for a next token."
+    return "use_cache" in inspect.signature(kind.forward).parameters
+
 # %% ../nbs/02b_modeling.ipynb #9ff214c1
 class TunableModel(nn.Module):
     "A transformers model with its tokenizer, its source, and the names of weights that hold nothing learnt."
@@ -172,6 +191,16 @@ class TunableModel(nn.Module):
             )
         if self.kind == "SequenceClassification" and network.config.is_encoder_decoder:
             check_end_token(tokenizer, network.config.eos_token_id, source)
+
+    def ask(
+        self,
+        **batch: Any,  # What the network takes, by name
+    ) -> Any:  # transformers' answer
+        "Ask the network, which collects nothing for a next token."
+        kind: Any = type(inner_model(self.network))
+        if takes_cache(kind):
+            batch["use_cache"] = False
+        return self.network(**batch)
 
     @classmethod
     def from_pretrained(
@@ -229,7 +258,7 @@ class LLMForSequenceClassification(TunableModel):
         **others: torch.Tensor,  # "attention_mask" and whatever else the architecture takes
     ) -> torch.Tensor:  # Logits, shape (N, C)
         "Scores of every class for each row."
-        return self.network(input_ids=input_ids, **others).logits
+        return self.ask(input_ids=input_ids, **others).logits
 
 # %% ../nbs/02b_modeling.ipynb #7f43f975
 def new_output_layer(
@@ -327,7 +356,7 @@ class PositionModel(TunableModel):
             lowest = torch.finfo(dtype).min
             attention_mask = torch.where(attention_mask, 0.0, lowest).to(dtype)
         with only_at(self.network, keep):
-            return self.network(input_ids=input_ids, attention_mask=attention_mask, **others).logits
+            return self.ask(input_ids=input_ids, attention_mask=attention_mask, **others).logits
 
 # %% ../nbs/02b_modeling.ipynb #ee62b027
 class LLMForTokenClassification(PositionModel):

@@ -18,13 +18,14 @@ from llmft_nb.data import TextDataLoader, TextDataset, TokenDataset
 from llmft_nb.forwards import answer_through
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.last_block import open_last_block
+from llmft_nb.line import into_line, into_rectangle, lay_out
 from llmft_nb.modeling import LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.strategy import find_blocks, open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
-from llmft_nb.unpadded import LinedAttention, Unpadded, into_line, into_rectangle, lay_out, open_unpadded
+from llmft_nb.unpadded import LinedAttention, Unpadded, open_unpadded
 
 
-@pytest.mark.parametrize("without_last", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(
     ("kind", "made"),
     [
@@ -36,7 +37,7 @@ from llmft_nb.unpadded import LinedAttention, Unpadded, into_line, into_rectangl
 def test_loss_and_gradient_are_the_same(
     kind: str,
     made: Callable[..., Any],
-    without_last: bool,
+    narrow: bool,
     save_small: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -44,11 +45,13 @@ def test_loss_and_gradient_are_the_same(
     if dataset.lengths.min() == dataset.lengths.max():
         pytest.fail("rows of one length show nothing")
     loss, gradient = step(model, dataset)
-    last = open_last_block(model, [dataset]) if without_last else None
-    unpadded = open_unpadded(model, [dataset], without_last)
+    last = open_last_block(model, [dataset]) if narrow else None
+    unpadded = open_unpadded(model, [dataset])
     assert unpadded is not None, "tried, and found to answer the same"
-    assert unpadded.n_blocks == len(find_blocks(model.network)[1]) - without_last
+    assert unpadded.n_blocks == len(find_blocks(model.network)[1])
     unpadded.is_tried = True
+    if last is not None:
+        last.n_narrow = 0
     asked, ask = list[int](), LinedAttention.narrow_mask
 
     def counted(attention: LinedAttention, *others: Any) -> torch.Tensor | None:
@@ -60,9 +63,13 @@ def test_loss_and_gradient_are_the_same(
     unpadded.close()
     if last is not None:
         last.close()
-    layout = lay_out(dataset.lengths)
+    layout = lay_out(dataset.read_lengths, int(dataset.lengths.max()))
     assert layout is not None
-    assert asked == [int(dataset.lengths.sum())] * unpadded.n_blocks * len(layout.groups)
+    n_unread = int((dataset.lengths - dataset.read_lengths).sum())
+    assert n_unread == (len(dataset) if made is answering else 0), "nobody reads the token that ends an answer"
+    n_narrow = 0 if last is None else last.n_narrow
+    assert n_narrow == 1 or not narrow or made is not labelled
+    assert asked == [int(dataset.read_lengths.sum())] * (unpadded.n_blocks - n_narrow) * len(layout.groups)
     assert lined_loss == pytest.approx(loss, abs=1e-5)
     assert len(gradient) == len(lined)
     for one, other in zip(gradient, lined, strict=True):
@@ -71,12 +78,14 @@ def test_loss_and_gradient_are_the_same(
     assert dataset.lay_out is None
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("strategy", ["full", "top:1", "head", "gradual"])
 @pytest.mark.parametrize(("kind", "dropout"), [("Bert", "hidden_dropout_prob"), ("Llama", "attention_dropout")])
 def test_the_same_is_learnt(
     kind: str,
     dropout: str,
     strategy: str,
+    narrow: bool,
     save_small: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     one_thread: None,
@@ -92,8 +101,8 @@ def test_the_same_is_learnt(
         result = trainer.train(TextDataLoader(dataset, batch_size=8, shuffle=True, window=8))
         return [loss for _, loss in result.losses], list(model.parameters())
 
-    def noted(model: TunableModel, datasets: Sequence[TokenDataset], without_last: bool = False) -> Unpadded | None:
-        opened.append(open_unpadded(model, datasets))  # With the last one, so that `top:1` has something to do
+    def noted(model: TunableModel, datasets: Sequence[TokenDataset]) -> Unpadded | None:
+        opened.append(open_unpadded(model, datasets))
         ask = LinedAttention.__torch_function__
 
         def counted(attention: LinedAttention, function: Any, *others: Any) -> Any:
@@ -103,7 +112,8 @@ def test_the_same_is_learnt(
         monkeypatch.setattr(LinedAttention, "__torch_function__", counted)
         return opened[-1]
 
-    monkeypatch.setattr(training, "open_last_block", lambda model, datasets: None)
+    if not narrow:
+        monkeypatch.setattr(training, "open_last_block", lambda model, datasets: None)
     monkeypatch.setattr(training, "open_unpadded", noted)
     losses, weights = learnt()
     assert opened[0] is not None and (sum(lined) > 8 or strategy == "head")
@@ -180,7 +190,7 @@ def test_rows_of_one_length_are_left_alone(save_small: Callable[..., Path]) -> N
 def test_a_model_that_is_asked_computes_rectangles(save_small: Callable[..., Path]) -> None:
     "So that states kept of a trunk are what they are without."
     model, dataset = labelled(save_small("Bert"))
-    unpadded = Unpadded(model, 2, [dataset])
+    unpadded = Unpadded(model, [dataset])
     batch = {name: value for name, value in dataset.batch(range(8)).items() if name != "labels"}
     assert "layout" in batch
     shapes: list[int] = []
