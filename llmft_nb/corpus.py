@@ -130,7 +130,7 @@ class CorpusDataset(TokenDataset):
             raise UserError(f"mask_frac is {mask_frac}", mend="give a share above 0, such as 0.15")
         super().__init__(table.remove_columns(["place"]), tokenizer, audit.max_length, table["place"])
         self.objective, self.causal, self.first_position = objective, objective == "causal", first_position
-        self.draws = not self.causal
+        self.draws, self.one_way = not self.causal, self.causal
         self.audit, self.seed, self.mask_frac = audit, seed, mask_frac
         special = set(tokenizer.all_special_ids)
         self.ordinary_ids = np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)

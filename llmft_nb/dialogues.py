@@ -352,6 +352,8 @@ def audit_dialogues(
 class InstructDataset(TokenDataset):
     "Conversations as token ids, with a label for each position that has to answer."
 
+    one_way = True
+
     def __init__(
         self,
         path_or_rows: Any,  # File, folder, catalogue name, hub id, `Rows`, or a list of dictionaries

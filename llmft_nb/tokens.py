@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_TARGET', 'tokenize', 'special_ends', 'typed_controls', 'TokenRows', 'check_max_length', 'encode_rows',
-           'encode_texts', 'TokenAudit', 'audit_rows', 'audit_tokens', 'Window', 'windows']
+           'encode_parts', 'encode_texts', 'TokenAudit', 'TokenCounter', 'audit_rows', 'audit_tokens', 'Window',
+           'windows']
 
 # %% ../nbs/01b_tokens.ipynb #bd3004ad
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,20 @@ def encode_rows(
                 part = [i for i in part if full_lengths[i] > max_length]
     return TokenRows(ids, types if "token_type_ids" in tokenizer.model_input_names else None, full_lengths)
 
+# %% ../nbs/01b_tokens.ipynb #01b0b002
+def encode_parts(
+    tokenizer: Any,  # A transformers tokenizer
+    texts: Sequence[str],  # One text a row
+    pairs: Sequence[str] | None,  # A second text a row, "" where a row has none; None where no row has one
+    max_length: int,  # Most tokens of a row
+    n_rows: int = 5000,  # Rows of a part
+) -> Iterator[TokenRows]:  # One part at least, in the order of the texts
+    "Tokenize rows a part at a time."
+    check_max_length(tokenizer, max_length)
+    for start in range(0, max(1, len(texts)), n_rows):
+        part = slice(start, start + n_rows)
+        yield encode_rows(tokenizer, texts[part], None if pairs is None else pairs[part], max_length)
+
 # %% ../nbs/01b_tokens.ipynb #878f1b1f
 def encode_texts(
     tokenizer: Any,  # A transformers tokenizer
@@ -156,21 +171,43 @@ class TokenAudit:
         return text + (f"; {counted(self.n_unknown, 'unknown token')}" if self.n_unknown else "")
 
 # %% ../nbs/01b_tokens.ipynb #ab578119
+class TokenCounter:
+    "Counts rows of tokens while they pass, part by part."
+
+    def __init__(
+        self,
+        tokenizer: Any,  # The tokenizer the rows are encoded with
+    ) -> None:
+        self.unknown = tokenizer.unk_token_id
+        self.full_lengths: list[int] = []  # Of each row, before it was cut
+        self.n_tokens = self.n_unknown = 0
+
+    def passing(
+        self,
+        parts: Iterable[TokenRows],  # In order
+    ) -> Iterator[TokenRows]:  # The same
+        "Count parts on their way to somebody else."
+        for part in parts:
+            self.full_lengths += part.full_lengths
+            self.n_tokens += sum(map(len, part.input_ids))
+            if self.unknown is not None:
+                self.n_unknown += sum(ids.count(self.unknown) for ids in part.input_ids)
+            yield part
+
+
 def audit_rows(
     tokenizer: Any,  # The tokenizer the rows were encoded with
-    encoded: TokenRows,  # What it made of them
+    counter: TokenCounter,  # Has seen what it made of them
     texts: Sequence[str],  # The texts
     pairs: Sequence[str] | None,  # The second texts, "" where a row has none
     max_length: int,  # The limit they were cut to
 ) -> TokenAudit:  # Counts and lengths
     "Count what tokenizing and cutting did."
-    lengths = sorted(encoded.full_lengths) or [0]
+    lengths, n_tokens = sorted(counter.full_lengths) or [0], counter.n_tokens
     seconds = pairs if pairs is not None else [""] * len(texts)
     n_added = {paired: tokenizer.num_special_tokens_to_add(pair=paired) for paired in (False, True)}
     n_special = sum(n_added[bool(second)] for second in seconds)
     n_words = sum(len(text.split()) + len(second.split()) for text, second in zip(texts, seconds, strict=True))
-    n_tokens = sum(len(ids) for ids in encoded.input_ids)
-    unknown = tokenizer.unk_token_id
     return TokenAudit(
         n_rows=len(texts),
         n_tokens=n_tokens,
@@ -179,7 +216,7 @@ def audit_rows(
         longest=lengths[-1],
         median=lengths[(len(lengths) - 1) // 2],
         p95=lengths[-(-95 * len(lengths) // 100) - 1],
-        n_unknown=0 if unknown is None else sum(ids.count(unknown) for ids in encoded.input_ids),
+        n_unknown=counter.n_unknown,
         tokens_per_word=(sum(lengths) - n_special) / max(1, n_words),
         max_length=max_length,
     )
@@ -192,7 +229,10 @@ def audit_tokens(
     max_length: int = 256,  # Most tokens of a row
 ) -> TokenAudit:  # Counts and lengths
     "Say what a tokenizer and a limit would do to texts."
-    return audit_rows(tokenizer, encode_rows(tokenizer, texts, pairs, max_length), texts, pairs, max_length)
+    counter = TokenCounter(tokenizer)
+    for _ in counter.passing(encode_parts(tokenizer, texts, pairs, max_length)):
+        pass
+    return audit_rows(tokenizer, counter, texts, pairs, max_length)
 
 # %% ../nbs/01b_tokens.ipynb #74bd3ed2
 @dataclass(frozen=True)
