@@ -7,6 +7,7 @@ __all__ = ['MOST_SCORES', 'LossInParts', 'open_loss_parts']
 
 # %% ../nbs/06c_vocabulary.ipynb #06f50004
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,8 +62,10 @@ class LossInParts(InUse):
         model: TunableModel,  # Answers at positions
         most_scores: int = MOST_SCORES,  # At once
         dataset: TokenDataset | None = None,  # Rows of which it is to be told what is right, in training
+        plainly: Callable[[], AbstractContextManager[None]] = nullcontext,  # While autograd is to make all gradients
     ) -> None:
         super().__init__()
+        self.plainly = plainly
         self.model, self.network, self.most_scores = model, model.network, most_scores
         output = model.network.get_output_embeddings()
         self.n_scores = len(output.weight)
@@ -110,13 +113,15 @@ class LossInParts(InUse):
                 undo()
 
         weights = [weight for weight in self.head if weight.requires_grad]
-        return _InParts.apply(states, targets, loss_of, max(1, self.most_scores // self.n_scores), *weights)
+        with self.plainly():
+            return _InParts.apply(states, targets, loss_of, max(1, self.most_scores // self.n_scores), *weights)
 
 # %% ../nbs/06c_vocabulary.ipynb #06f50012
 def open_loss_parts(
     model: TunableModel,  # Ready for training
     dataset: TokenDataset,  # Rows that it will read; the first ones are tried
     settings: TrainSettings,  # Of which the size of a micro-batch matters
+    plainly: Callable[[], AbstractContextManager[None]] = nullcontext,  # While autograd is to make all gradients
     most_scores: int = MOST_SCORES,  # At once
 ) -> LossInParts | None:  # To be closed afterwards; None where scores are few, or cannot be made in parts
     "Have a model answer with its loss in parts, if its vocabulary is large and the loss stays the same."
@@ -136,7 +141,7 @@ def open_loss_parts(
         return loss
 
     n_few = len(output.weight) * max(1, len(targets) // 2)
-    parts = keep_if_same(model, lambda: LossInParts(model, n_few, dataset), ask)
+    parts = keep_if_same(model, lambda: LossInParts(model, n_few, dataset, plainly), ask)
     if parts is not None:
         parts.most_scores = most_scores
     return parts
