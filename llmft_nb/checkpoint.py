@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_synced', 'write_manifest', 'remove_folder', 'save_checkpoint', 'verify_checkpoint', 'load_checkpoint', 'Found',
            'list_checkpoints', 'find_checkpoint', 'missing_best', 'checkpoint_name', 'rotate_checkpoints', 'set_aside',
-           'flatten_optimizer', 'restore_optimizer', 'weights_of', 'load_weights', 'check_fingerprint']
+           'dotted', 'flatten_optimizer', 'restore_optimizer', 'weights_of', 'load_weights', 'check_fingerprint']
 
 # %% ../nbs/06b_checkpoint.ipynb #ceac9b2c
 import json
@@ -220,6 +220,14 @@ def set_aside(
     rotate_checkpoints(parent)
 
 # %% ../nbs/06b_checkpoint.ipynb #d56053db
+def dotted(
+    entries: Mapping[str, Any],  # What an optimizer holds of a weight; some keep a dictionary in it
+) -> dict[str, Any]:  # The same without dictionaries: "outer.inner" is a name of one's content
+    "Lay a weight's state flat."
+    inner = {key: value if isinstance(value, dict) else {"": value} for key, value in entries.items()}
+    return {f"{key}.{name}".rstrip("."): value for key, part in inner.items() for name, value in part.items()}
+
+
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer,  # Any torch optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # Tensors by name, and what JSON can hold
@@ -228,7 +236,7 @@ def flatten_optimizer(
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, entries in whole["state"].items():
-        for key, value in entries.items():
+        for key, value in dotted(entries).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
@@ -244,11 +252,16 @@ def restore_optimizer(
 ) -> None:
     "Put a flat state back into an optimizer."
     whole = optimizer.state_dict()
-    entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in state["numbers"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            entries.setdefault(int(index), {})[key] = tensor
+    entries: dict[int, dict[str, Any]] = {}
+    flat = [(f"{index}.{key}", value) for index, values in state["numbers"].items() for key, value in values.items()]
+    flat += [(name.split(".", 1)[1], tensor) for name, tensor in tensors.items() if name.startswith("optimizer.")]
+    for name, value in flat:
+        index, key, *inner = name.split(".")
+        entry = entries.setdefault(int(index), {})
+        if inner:
+            entry.setdefault(key, {})[inner[0]] = value
+        else:
+            entry[key] = value
     groups = [
         {**new, **old, "params": new["params"]} for new, old in zip(whole["param_groups"], state["groups"], strict=True)
     ]

@@ -97,6 +97,15 @@ def train(
     window: Annotated[int | None, typer.Option(help="Rows sorted by length at a time; 0: as many as is usual.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of head, order and dropout.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, f32 or bf16.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto (liger's on a GPU, where installed) or none.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Whether torch compiles the blocks.")] = None,  # noqa: A002
+    activation_checkpointing: Annotated[
+        bool | None, typer.Option(help="Whether blocks compute again what they would keep: less memory, more time.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or adamw8bit (bitsandbytes).")] = None,
+    step_in_backward: Annotated[
+        bool | None, typer.Option(help="Whether weights move while the gradient is made; needs --max-grad-norm 0.")
+    ] = None,
     trunk_gb: Annotated[
         float | None, typer.Option(help="Most GB of what frozen blocks make of the rows; 0 computes it each time.")
     ] = None,

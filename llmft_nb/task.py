@@ -19,6 +19,7 @@ from .inference import padding_gap, row_losses
 from .objectives import perplexity
 from .hparams import TrainSettings
 from .modeling import TunableModel, check_looks_back, size_head
+from .optimizers import check_eight_bit
 from .predict import Predictor, answer_words, task_model_class
 from .rows import LeakReport, Rows, read_rows
 from .splits import CLASSIFY, Splits, TaskRows, describe_source, find_licence, find_notice, prepare_splits
@@ -65,6 +66,8 @@ class Task:
         "Steps 2 to 5."
         chosen = parse_strategy(strategy)
         check_four_bit(chosen, init)
+        if self.settings.optimizer == "adamw8bit":
+            check_eight_bit()
         model = task_model_class(self.name, name).from_pretrained(
             name, seed=self.settings.seed, four_bit=chosen.kind == "qlora"
         )
@@ -140,7 +143,7 @@ class Task:
     ) -> dict[
         str, list[Any]
     ]:  # Name of each alternative that needs the untuned model, and its answers to the test rows
-        "What the untuned model can do, asked before its first step, since afterwards it is gone."
+        "What the untuned model can do."
         return {"untuned base": self.answers(model, splits.test)}
 
     def judge(

@@ -8,7 +8,6 @@ __all__ = ['TrainResult', 'LLMTrainer', 'Run', 'start_run', 'run_fingerprint', '
 
 # %% ../nbs/06d_training.ipynb #98053395
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,41 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .callbacks import Callback, MetricsFile, ProgressBar, SignalGuard, StoppingRule, TrainState
-from llmft_nb.checkpoint import (
-    Found,
-    check_fingerprint,
-    checkpoint_name,
-    find_checkpoint,
-    flatten_optimizer,
-    load_checkpoint,
-    load_weights,
-    remove_folder,
-    restore_optimizer,
-    rotate_checkpoints,
-    save_checkpoint,
-    set_aside,
-    weights_of,
-)
+from .activations import open_recomputing
+from .callbacks import Callback, MetricsFile, ProgressBar, SignalGuard, StoppingRule, TrainState, score_of
+from .checkpoint import Found, check_fingerprint, checkpoint_name, find_checkpoint, flatten_optimizer
+from .checkpoint import load_checkpoint, load_weights, remove_folder, restore_optimizer, rotate_checkpoints
+from .checkpoint import save_checkpoint, set_aside, weights_of
 from .core import Interrupted, UserError
 from .data import TextDataLoader, TokenDataset
 from .dropout import open_dropout
 from .embedding_rows import OpenEmbedding, open_embedding
-from .hparams import TrainSettings, lr_factors, parameter_groups
+from .hparams import TrainSettings, lr_factors
+from .kernels import open_compiled, open_kernels
 from .last_block import open_last_block
 from .modeling import TunableModel, size_head
-from llmft_nb.steps import (
-    FiniteGuard,
-    StepPlan,
-    backward_step,
-    f32_attention,
-    is_evaluation_step,
-    make_accelerator,
-    own_random_stream,
-    plan_steps,
-    swap_parameters,
-)
+from .steps import FiniteGuard, StepPlan, backward_step, f32_attention, is_evaluation_step
+from .steps import make_accelerator, own_random_stream, plan_steps, swap_parameters
 from .movement import Watch, moved_record
+from .optimizers import StepInBackward, check_step_in_backward, make_optimizer
 from .phases import Phase, enter_phase, phase_at, plan_phases
 from .strategy import PHASED, Strategy, parse_strategy, set_modes
 from .trunk_cache import OpenTrunk, open_trunk, trunk_levels
@@ -142,6 +123,7 @@ class Run:
     guard: FiniteGuard  # Keeps a step from being taken that leaves no number behind
     phases: list[Phase]  # What is open when
     movable: frozenset[str]  # Names of all weights that are open at some time
+    stepping: StepInBackward | None = None  # Moves weights while the gradient is made, where that is asked for
     metrics: MetricsFile | None = None  # The log; None without a folder, and on other processes than the first
     pending: list[torch.Tensor] = field(default_factory=list)  # Losses since the last logged step
     losses: list[tuple[int, float]] = field(default_factory=list)  # Logged losses
@@ -199,17 +181,33 @@ def start_run(
         replaced = size_head(model, dataset.label_names, multi_label=dataset.multi_label, seed=settings.seed)
     model.to(accelerator.device)
     datasets = [dataset, *([trainer.valid] if trainer.valid is not None else [])]
-    embedding = open_embedding(model, [dataset], accelerator.num_processes, trainer.optimizer is not None)
-    closing.callback(embedding.close)
-    opened: list[Any] = [open_dropout(model.network, accelerator.device), open_last_block(model, datasets)]
-    opened += [open_unpadded(model, datasets, opened[1] is not None), open_loss_parts(model, dataset, settings)]
-    for one in filter(None, opened):
-        closing.callback(one.close)
-    optimizer = trainer.optimizer or torch.optim.AdamW(parameter_groups(model.network, settings), fused=True)
+    sharing = accelerator.num_processes, trainer.optimizer is not None
+    if settings.step_in_backward:
+        check_step_in_backward(settings, loader, accelerator.device.type, *sharing)
+
+    def is_put(one: Any) -> bool:
+        if one is not None:
+            closing.callback(one.close)
+        return one is not None
+
+    is_put(open_kernels(model, dataset, settings.kernels))
+    is_put(open_dropout(model.network, accelerator.device))
+    is_put(open_compiled(model, dataset, settings.compile))
+    is_put(open_recomputing(model.network, settings.activation_checkpointing))
+    is_put(open_last_block(model, datasets))
+    if not settings.compile:
+        is_put(open_unpadded(model, datasets))
+    embedding = open_embedding(model, [dataset], *sharing, settings.step_in_backward)
+    is_put(embedding)
+    is_put(open_loss_parts(model, dataset, settings, embedding.plainly))
+    optimizer = trainer.optimizer or make_optimizer(model.network, settings)
     swap_parameters(optimizer, {} if trainer.optimizer is None else replaced)
+    stepping = StepInBackward(optimizer) if settings.step_in_backward else None
+    is_put(stepping)
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
     phases = plan_phases(model.network, trainer.strategy, state.n_steps, settings.unfreeze_frac, settings.head_first_lr)
     restarts = [phase.first_step for phase in phases if phase.restarts and phase.first_step > 0]
+    is_patient = accelerator.device.type != "cpu" and bool(optimizer.defaults.get("fused"))
     return Run(
         trainer=trainer,
         loader=loader,
@@ -221,7 +219,8 @@ def start_run(
         factor=lr_factors(settings.schedule, state.n_steps, settings.warmup_frac, restarts),
         peaks=[group["lr"] for group in optimizer.param_groups],
         plan=plan_steps(settings, dataset, accelerator.device),
-        guard=FiniteGuard(optimizer, accelerator.device.type != "cpu" and bool(optimizer.defaults.get("fused"))),
+        guard=FiniteGuard(optimizer, is_patient, stepping is not None),
+        stepping=stepping,
         phases=phases,
         levels=trunk_levels(model.network, phases, state.n_steps, state.steps_per_epoch * accelerator.num_processes),
         movable=frozenset(name for name, weight in model.named_parameters() if weight.requires_grad),
@@ -316,16 +315,21 @@ def take_step(
     state, factor = run.state, run.factor(run.state.step)
     for group, peak in zip(run.optimizer.param_groups, run.peaks, strict=True):
         group["lr"] = (run.phase_lr or peak) * factor
+    can_move = not run.is_watched and any(group["lr"] > 0 for group in run.optimizer.param_groups)
+    watch = Watch(run.trainer.model.network) if can_move and run.stepping is not None else None
     loss = backward_step(run.accelerator, run.model, run.loader, rows, state.step, run.plan)
-    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
-    norm = run.accelerator.clip_grad_norm_(weights, run.trainer.settings.max_grad_norm or float("inf"))
+    if run.stepping is not None:
+        norm = run.stepping.norm()
+    else:
+        weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+        norm = run.accelerator.clip_grad_norm_(weights, run.trainer.settings.max_grad_norm or float("inf"))
     run.guard.see(loss, norm, state.step + 1, [run.loader.dataset.places[row] for row in rows[:8]])
-    can_move = not run.is_watched and norm > 0 and any(group["lr"] > 0 for group in run.optimizer.param_groups)
-    watch = Watch(run.trainer.model.network) if can_move else None
-    run.stepper.step()
-    run.stepper.zero_grad(set_to_none=True)
+    if run.stepping is None:
+        watch = Watch(run.trainer.model.network) if can_move and norm > 0 else None
+        run.stepper.step()
+        run.stepper.zero_grad(set_to_none=True)
     state.step += 1
-    if watch is not None:
+    if watch is not None and norm > 0:
         run.moved.append({"step": state.step, "parts": moved_record(watch.check(f"after step {state.step}"))})
         run.is_watched = True
     run.pending.append(loss)
@@ -367,12 +371,7 @@ def score_run(
     with run.embedding.as_it_was():
         scores = trainer.evaluate(trainer.model)
     set_modes(trainer.model.network)
-    if trainer.monitor not in scores:
-        raise UserError("not among the scores", where=f"monitor {trainer.monitor}", mend=f"one of {', '.join(scores)}")
-    score = scores[trainer.monitor]
-    if not math.isfinite(score):
-        where = f"monitor {trainer.monitor}, step {state.step}"
-        raise UserError(f"the validation score is {score}", where=where, mend="lower --lr; look at the losses before")
+    score = score_of(scores, trainer.monitor, state.step)
     if trainer.stopping is not None:
         is_best = trainer.stopping.update(score)
         state.stop = state.stop or trainer.stopping.should_stop
