@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TASKS', 'MEASURED_RATES', 'make_task', 'FinishedRun', 'start_record', 'validation_scores', 'Request', 'check_request',
            'with_measured_rate', 'train_model', 'finish_record', 'open_record', 'forgetting_record', 'build_again',
-           'carry_out', 'finetune', 'training_view', 'evaluate_predictor']
+           'in_place_of', 'carry_out', 'finetune', 'training_view', 'evaluate_predictor']
 
 # %% ../nbs/10a_finetune.ipynb #7e510b46
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,6 +268,24 @@ def build_again(
     finally:
         logger.setLevel(level)
 
+# %% ../nbs/10a_finetune.ipynb #10a0e002
+@contextlib.contextmanager
+def in_place_of(
+    model: TunableModel,  # Back in its place afterwards
+    other: TunableModel,  # On the CPU, or where the model is
+) -> Iterator[None]:
+    "For a while another model is where a model was."
+    place, home = (next(one.parameters()).device for one in (model, other))
+    if place != home:
+        model.to(home)
+        other.to(place)
+    try:
+        yield
+    finally:
+        if place != home:
+            other.to(home)
+            model.to(place)
+
 # %% ../nbs/10a_finetune.ipynb #54f4b40d
 def carry_out(
     request: Request,  # What was asked for
@@ -290,18 +309,19 @@ def carry_out(
         get_logger("finetune").warning("training rows: %s", train.audit.describe())
     make_accelerator(request.settings.precision, trackers, folder)  # A tracker that is not there is heard of now
     open_record(request, record)
-    before = task.before(model, splits)
-    asked = {"text": question, "before": task.ask(model, question)} if question else {}
     clock.start("6-7 train and validate")
     evaluate = task.evaluate(valid)
     options: dict[str, Any] = {"callbacks": callbacks, "trackers": trackers, "trunks": trunks}
     result = train_model(model, train, valid, task, request, record, **options)
     fresh = build_again(request, task, splits, model)
     moved = {"first": list(result.moved), "whole": moved_record(compare_models(model.network, fresh.network))}
-    del fresh
     keep_adapters(model, folder)
     scores: dict[str, Any] = {"validation": validation_scores(evaluate, model, result, record.data["n_valid"])}
     clock.start("8 test")
+    with in_place_of(model, fresh):
+        before = task.before(fresh, splits)
+        asked = {"text": question, "before": task.ask(fresh, question)} if question else {}
+    del fresh
     answers, guard = task.answers(model, splits.test), TestSplit(splits.test)
     scores["test"] = guard.score(lambda _: task.judge(splits, answers, before))
     if question:
