@@ -16,6 +16,8 @@ from small import small_rows
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
+import gpu  # noqa: E402
+import growth  # noqa: E402
 import knowledge  # noqa: E402
 import language  # noqa: E402
 import peers  # noqa: E402
@@ -362,3 +364,56 @@ def test_a_figure_that_is_missed_is_told(capsys: pytest.CaptureFixture[str], tmp
     assert "more memory than the leanest peer" in capsys.readouterr().out
     bench.draw(lines, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("who", ["ours", "ours, checkpointing", "ours, step in backward", "trainer"])
+def test_the_gpu_benchmark_goes_through_its_steps_on_a_cpu(who: str, one_thread: None) -> None:
+    run = gpu.one_run("tiny", who, n_steps=gpu.N_WARM + 1, batch_size=2, width=32)
+    n_blocks = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    assert run["n_weights"] == n_blocks + 6144 * 64, "matrices of the blocks, and the output layer"
+    assert run["tokens_s"] > 0 and run["loss"] == pytest.approx(np.log(6144), rel=0.1)
+    assert run["share"] == pytest.approx(6 * run["n_weights"] * run["tokens_s"] / (1e12 * run["peak_tflops"]))
+    assert ("predicted_gb" in run) == (who in gpu.OURS)
+
+
+def test_what_is_predicted_for_a_gpu_follows_the_options(one_thread: None) -> None:
+    model, ids = gpu.random_model("tiny", torch.device("cpu")), gpu.random_rows("tiny", 4, 32)
+    plain = gpu.predicted_bytes(model, ids, 4, {})
+    sizes = [weight.numel() for weight in model.network.parameters()]
+    kept, scores = 4 * gpu.kept_bytes(model, ids[:1]), 3 * 4 * 4 * 32 * 6144
+    assert plain == 18 * sum(sizes) + kept + scores
+    fewer = gpu.predicted_bytes(model, ids, 4, {"step_in_backward": True, "optimizer": "adamw8bit"})
+    assert plain - fewer == 4 * (sum(sizes) - max(sizes)) + 6 * sum(sizes)
+    again = gpu.predicted_bytes(model, ids, 4, {"activation_checkpointing": True})
+    assert plain - again == pytest.approx(kept / 3)
+
+
+def test_a_figure_for_the_gpu_is_reached_by_share_and_by_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    def runs(share: float, peer: float) -> list[dict[str, Any]]:
+        own = {"shape": "1.5B", "who": "ours, compiled", "tokens_s": 1000.0, "share": share}
+        return [own, {"shape": "1.5B", "who": "trainer", "tokens_s": peer, "share": 0.1}]
+
+    assert gpu.is_reached(runs(0.46, 900.0)) and not gpu.is_reached(runs(0.44, 900.0))
+    assert not gpu.is_reached(runs(0.46, 950.0)) and gpu.is_reached(runs(0.1, 900.0)[:1])
+    assert "ours, compiled, 46 % of the peak" in capsys.readouterr().out
+
+
+def test_growth_is_told_by_time_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(rows: int, step: float, resident: float) -> dict[str, Any]:
+        costs = {"prepare": 1e-6, "tokens": 1e-6, "begin": 0.0, "step": step}
+        return {"rows": rows, "resident_mb": resident, "anonymous_mb": 100.0, **costs}
+
+    few, many, most = run(1_000, 98e-6, 500), run(100_000, 107e-6, 500), run(1_000_000, 98e-6, 540)
+    assert growth.is_flat("text", [few, many, most])
+    assert not growth.is_flat("text", [few, run(100_000, 109e-6, 500)])
+    assert not growth.is_flat("text", [many, run(1_000_000, 98e-6, 560)])
+    assert growth.is_flat("classify", [many, run(1_000_000, 98e-6, 560)]), "its rows are held in memory"
+    assert "+9% from 1,000 to 100,000 rows" in capsys.readouterr().out
+
+
+def test_rows_of_any_number_are_different_and_of_one_kind(tmp_path: Path) -> None:
+    growth.write_rows("instruct", 300, tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == 300
+    halves = [np.mean([len(row["prompt"]) for row in part]) for part in (rows[:150], rows[150:])]
+    assert halves[0] == pytest.approx(halves[1], rel=0.15)
