@@ -156,8 +156,13 @@ def draw(lines: list[Run], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     works = list(dict.fromkeys(line["work"] for line in lines))
-    figure, axes = plt.subplots(1, len(works), figsize=(2.1 * len(works), 2.4), sharey=True)
-    for ax, work in zip([axes] if len(works) == 1 else axes, works, strict=True):
+    n_columns = min(4, len(works))
+    n_rows = -(-len(works) // n_columns)
+    size = (2.1 * n_columns, 2.4 * n_rows)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False)
+    for ax in axes.flat[len(works) :]:
+        ax.set_visible(False)
+    for ax, work in zip(axes.flat, works, strict=False):
         group = [line for line in lines if line["work"] == work]
         shares = [1 / line["ratio"] for line in group]
         bars = ax.bar(range(len(group)), shares, color=["#1f77b4", *["#b0b7bf"] * (len(group) - 1)])
