@@ -396,9 +396,9 @@ def test_a_loss_that_is_no_number_stops_the_run(value: float, small_model: Path,
 class Patient(FiniteGuard):
     "As on a GPU."
 
-    def __init__(self, optimizer: torch.optim.Optimizer, is_patient: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, is_patient: bool, is_late: bool) -> None:
         assert not is_patient, "this is a CPU"
-        super().__init__(optimizer, is_patient=True)
+        super().__init__(optimizer, is_patient=True, is_late=is_late)
 
 
 def test_where_nobody_waits_for_the_device_the_weights_are_kept(
@@ -439,7 +439,15 @@ class Questions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 3, "max_grad_norm": 1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"micro_batch_size": 3, "max_grad_norm": 1.0},
+        {"step_in_backward": True, "max_grad_norm": 0.0},
+        {"activation_checkpointing": True},
+    ],
+)
 def test_a_step_asks_the_device_nothing(
     settings: dict[str, Any], small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
