@@ -2,9 +2,8 @@
 
     python benchmarks/start.py [--data pharmacy] [--model tiny-encoder] [--task classify] [--rounds 3]
 
-Each round starts the command twice in new processes with the same arguments: the first finds nothing that was kept,
-the second finds what the first has kept. The first step is seen from outside, by the checkpoint it leaves
-(`--save-every 1`); then the command is stopped.
+Each round starts the command twice in new processes, in a home that is empty at first, with the same arguments. The
+first step is seen from outside, by the checkpoint it leaves (`--save-every 1`); then the command is stopped.
 """
 
 from __future__ import annotations

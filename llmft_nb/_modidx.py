@@ -492,6 +492,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmft_nb.forwards.InUse.close': ('forwards.html#inuse.close', 'llmft_nb/forwards.py'),
                                    'llmft_nb.forwards.answer_through': ('forwards.html#answer_through', 'llmft_nb/forwards.py'),
                                    'llmft_nb.forwards.keep_if_same': ('forwards.html#keep_if_same', 'llmft_nb/forwards.py'),
+                                   'llmft_nb.forwards.lower_blocks': ('forwards.html#lower_blocks', 'llmft_nb/forwards.py'),
                                    'llmft_nb.forwards.see_batches': ('forwards.html#see_batches', 'llmft_nb/forwards.py')},
             'llmft_nb.hparams': { 'llmft_nb.hparams.TrainSettings': ('hparams.html#trainsettings', 'llmft_nb/hparams.py'),
                                   'llmft_nb.hparams.TrainSettings.__post_init__': ( 'hparams.html#trainsettings.__post_init__',

@@ -15,8 +15,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
-from .forwards import InUse, answer_through
-from .strategy import find_blocks
+from .forwards import InUse, answer_through, lower_blocks
 
 # %% ../nbs/06c_activations.ipynb #06f60008
 def surroundings_again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:  # Now, and then
@@ -62,4 +61,4 @@ def open_recomputing(
     is_wanted: bool,  # Whether activations are to be computed again
 ) -> Recomputing:  # To be closed afterwards
     "Have all blocks of a model but the last compute again what they would keep."
-    return Recomputing(list(find_blocks(network)[1])[:-1] if is_wanted else [])
+    return Recomputing(lower_blocks(network, "activation_checkpointing") if is_wanted else [])

@@ -16,10 +16,9 @@ from torch import nn
 
 from .core import UserError, get_logger
 from .data import TokenDataset
-from .forwards import InUse, answer_through, keep_if_same
+from .forwards import InUse, answer_through, keep_if_same, lower_blocks
 from .inference import question
 from .modeling import TunableModel, inner_model
-from .strategy import find_blocks
 
 # %% ../nbs/06c_kernels.ipynb #06f80008
 class Kernels(InUse):
@@ -132,7 +131,7 @@ def open_compiled(
     "Compile all blocks of a model but the last, if it answers the same."
     if not is_wanted:
         return None
-    blocks = list(find_blocks(model.network)[1])[:-1]
+    blocks = lower_blocks(model.network, "compile")
     found: Compiled | None = keep_if_same(model, lambda: Compiled(blocks), asked_by(model, dataset))
     if found is None:
         why = "torch's compiler fails, or the compiled blocks answer something else"

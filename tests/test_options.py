@@ -265,6 +265,17 @@ def test_mistakes_are_heard_of_before_a_model_is_loaded(
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", ["compile", "activation_checkpointing"])
+def test_a_model_without_a_single_list_of_blocks_is_told_which_option_to_leave(
+    option: str, save_small: Callable[..., Path]
+) -> None:
+    model, dataset = labelled(save_small("Llama"))
+    trainer = trainer_of(model, **{option: True})
+    model.network.config.num_hidden_layers = 99
+    with pytest.raises(UserError, match=f"{option}: .* leave it out"):
+        trainer.train(loader_of(dataset))
+
+
 def test_compiled_blocks_learn_the_same(save_small: Callable[..., Path]) -> None:
     folder = save_small("Llama")
     plain = tuned(answering(folder))
