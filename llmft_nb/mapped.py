@@ -22,7 +22,7 @@ def mapped_stretches(
     name, found = os.path.realpath(file), []
     for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
         stretch, access, *_, path = (*line.split(maxsplit=5), "")[:6]
-        if access == "r--s" and path.removesuffix(" (deleted)") == name:
+        if access.startswith("r--") and path.removesuffix(" (deleted)") == name:
             start, end = (int(number, 16) for number in stretch.split("-"))
             found.append((start, end - start))
     return found

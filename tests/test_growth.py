@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from small_models import answering, labelled
 
 from llmft_nb import data
 from llmft_nb.bases import find_model, load_tokenizer
-from llmft_nb.data import TextDataLoader, TextDataset, token_table
+from llmft_nb.data import TextDataLoader, TextDataset, table_digest, token_table
 from llmft_nb.hparams import TrainSettings
+from llmft_nb.mapped import mapped_stretches
 from llmft_nb.tagging import TagDataset
 from llmft_nb.tokens import TokenRows
 from llmft_nb.training import LLMTrainer
@@ -83,6 +86,29 @@ def test_a_part_is_made_when_the_one_before_is_put_away(on_disk: None) -> None:
         data.arrow_rows = kept
     assert told == [1, 2, 3, 4, 5]
     assert table["input_ids"][:] == [[i] * 3 for i in range(5) for _ in range(2)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_the_pages_of_a_mapped_set_are_given_back(small_model: Path, on_disk: None) -> None:
+    model, dataset = labelled(small_model)
+    (file,) = dataset.tokens.cache_files
+    assert mapped_stretches(file["filename"]), "though it has no name any more"
+
+    def n_resident() -> int:
+        found = re.findall(
+            r"^(\S+) .*rows\.arrow.*\n(?:.*\n)*?Rss: +(\d+)", Path("/proc/self/smaps").read_text(), re.MULTILINE
+        )
+        starts = {f"{start:x}" for start, _ in mapped_stretches(file["filename"])}
+        return sum(int(n_kb) for stretch, n_kb in found if stretch.split("-")[0] in starts)
+
+    held = dataset[3]
+    assert n_resident() > 0
+    data.forget_rows(dataset.tokens)
+    assert n_resident() == 0 and dataset[3] == held
+    dataset.n_batches = 255
+    dataset.batch([0])
+    assert dataset[3] == held and table_digest(dataset.tokens) == table_digest(labelled(small_model)[1].tokens)
+    assert n_resident() == 0
 
 
 def test_tags_and_no_rows_at_all_on_disk(on_disk: None) -> None:
