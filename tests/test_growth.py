@@ -90,14 +90,13 @@ def test_a_part_is_made_when_the_one_before_is_put_away(on_disk: None) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
 def test_the_pages_of_a_mapped_set_are_given_back(small_model: Path, on_disk: None) -> None:
-    model, dataset = labelled(small_model)
+    dataset = labelled(small_model)[1]
     (file,) = dataset.tokens.cache_files
     assert mapped_stretches(file["filename"]), "though it has no name any more"
 
     def n_resident() -> int:
-        found = re.findall(
-            r"^(\S+) .*rows\.arrow.*\n(?:.*\n)*?Rss: +(\d+)", Path("/proc/self/smaps").read_text(), re.MULTILINE
-        )
+        stretch = r"^(\S+) .*rows\.arrow.*\n(?:.*\n)*?Rss: +(\d+)"
+        found = re.findall(stretch, Path("/proc/self/smaps").read_text(), re.MULTILINE)
         starts = {f"{start:x}" for start, _ in mapped_stretches(file["filename"])}
         return sum(int(n_kb) for stretch, n_kb in found if stretch.split("-")[0] in starts)
 
@@ -105,7 +104,7 @@ def test_the_pages_of_a_mapped_set_are_given_back(small_model: Path, on_disk: No
     assert n_resident() > 0
     data.forget_rows(dataset.tokens)
     assert n_resident() == 0 and dataset[3] == held
-    dataset.n_batches = 255
+    dataset.n_batches = 15
     dataset.batch([0])
     assert dataset[3] == held and table_digest(dataset.tokens) == table_digest(labelled(small_model)[1].tokens)
     assert n_resident() == 0
