@@ -139,7 +139,9 @@ def test_the_norm_is_logged_and_no_gradient_is_left(save_small: Callable[..., Pa
     model, dataset = labelled(save_small("Bert"))
     trainer_of(model, callbacks=[norms[0]], max_grad_norm=0.0).train(loader_of(dataset))
     model, dataset = labelled(save_small("Bert"))
-    trainer_of(model, callbacks=[norms[1]], **IN_BACKWARD).train(loader_of(dataset))
+    result = trainer_of(model, callbacks=[norms[1]], **IN_BACKWARD).train(loader_of(dataset))
+    (moved,) = result.moved
+    assert moved["step"] == 1 and all(part["n_moved"] for part in moved["parts"])
     assert norms[1].found == pytest.approx(norms[0].found, rel=1e-4) and len(norms[0].found) == 6
     assert all(weight.grad is None for weight in model.parameters())
 

@@ -17,6 +17,7 @@ from llmft_nb import training
 from llmft_nb.data import TextDataLoader, TextDataset, TokenDataset
 from llmft_nb.forwards import answer_through
 from llmft_nb.hparams import TrainSettings
+from llmft_nb.inference import predict_logits
 from llmft_nb.last_block import open_last_block
 from llmft_nb.line import into_line, into_rectangle, lay_out
 from llmft_nb.modeling import LLMForSequenceClassification, TunableModel, size_head
@@ -204,6 +205,24 @@ def test_a_model_that_is_asked_computes_rectangles(save_small: Callable[..., Pat
     hook.remove()
     unpadded.close()
     assert shapes == [8, 8] and unpadded.layout is None  # The hook sees what the model gives; the line begins behind it
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_a_model_that_is_asked_with_its_last_block_open_computes_rectangles(
+    kind: str, save_small: Callable[..., Path]
+) -> None:
+    "Validation rows bring a layout along, too."
+    model, dataset = labelled(save_small(kind))
+    plain = predict_logits(model, dataset)
+    last = open_last_block(model, [dataset])
+    unpadded = open_unpadded(model, [dataset])
+    assert last is not None and unpadded is not None
+    last.n_narrow = 0
+    found = predict_logits(model, dataset)
+    assert last.n_narrow > 0 and "layout" in dataset.batch(range(8))
+    for opened in (unpadded, last):
+        opened.close()
+    np.testing.assert_allclose(found, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -13,8 +13,10 @@ from small_models import DECODERS, MASKED, answering, labelled, masked, step
 
 from llmft_nb import training, vocabulary
 from llmft_nb.data import TextDataLoader
+from llmft_nb.embedding_rows import TiedRows, open_embedding
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import row_losses
+from llmft_nb.objectives import classification_loss_sum
 from llmft_nb.training import LLMTrainer
 from llmft_nb.vocabulary import LossInParts, open_loss_parts
 
@@ -119,3 +121,34 @@ def test_a_head_that_sees_all_places_scores_all_at_once(save_small: Callable[...
     assert open_loss_parts(model, dataset, TrainSettings(), most_scores=10) is None
     hook.remove()
     assert not any("forward" in vars(module) for module in model.modules()) and not dataset.tells_targets
+
+
+@pytest.mark.parametrize("most_tokens", [5, 10**6])
+def test_a_tied_matrix_gets_its_gradient_by_whichever_way_scores_are_made(
+    most_tokens: int, save_small: Callable[..., Path]
+) -> None:
+    model, dataset = answering(save_small("Llama", tie_word_embeddings=True))
+    n_tokens = len(model.tokenizer)
+
+    def gradients() -> list[torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        for part in (range(12), range(12, 24)):
+            batch = dataset.batch(part)
+            labels = batch.pop("labels")
+            answer = model(**batch, **({"targets": labels} if dataset.tells_targets else {}))
+            loss = classification_loss_sum(answer, labels) if answer.dim() else answer
+            (loss / 100).backward()
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    plain = gradients()
+    tied = open_embedding(model, [dataset])
+    assert isinstance(tied, TiedRows)
+    parts = open_loss_parts(model, dataset, TrainSettings(), tied.plainly, most_scores=most_tokens * n_tokens)
+    assert (parts is None) == (most_tokens > 5)
+    found = gradients()
+    for opened in filter(None, (parts, tied)):
+        opened.close()
+    for one, other in zip(plain, found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    assert (tied.kept is None) == (parts is not None)
