@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small import small_config, small_rows, write_jsonl
 
+from llmft_nb.classify import ClassifyTask
 from llmft_nb.core import UserError
 from llmft_nb.finetune import TASKS, FinishedRun, evaluate_predictor, finetune, make_task
 from llmft_nb.hparams import TrainSettings, head_lr, resolve_settings
 from llmft_nb.inference import head_inputs
+from llmft_nb.modeling import LLMForSequenceClassification
 from llmft_nb.predict import answer_words, load_predictor, open_chat
 from llmft_nb.strategy import parse_strategy
 
@@ -113,7 +116,6 @@ def bases(save_small: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
     def base_of(kind: str) -> Path:
         if kind not in saved:
-            import torch
             import transformers
 
             tokenizer, _ = load_tokenizer(find_model("tiny"))
@@ -760,3 +762,38 @@ def test_a_folder_of_texts_brings_its_own_test(bases, tmp_path, one_thread):
     assert run.record.data["n_test"] == 1 and run.record.data["carved"] == ["valid"]
     scores = evaluate_predictor(run.predictor(), folder, split="test")
     assert scores["perplexity"] == run.record.scores["test"]["perplexity"]
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora:2"])
+def test_what_was_before_is_asked_of_the_model_as_it_was(
+    strategy: str, small_model: Path, small_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "Though it is asked when training is done."
+    seen = dict[str, list[torch.Tensor]]()
+
+    def weights_of(model: Any) -> list[torch.Tensor]:
+        return [weight.detach().clone() for weight in model.network.base_model.parameters()]
+
+    for name in ("before", "ask"):
+        own = getattr(ClassifyTask, name)
+
+        def noted(self: Any, model: Any, asked: Any, name: str = name, own: Any = own) -> Any:
+            seen[f"{name} {len(seen)}"] = weights_of(model)
+            return own(self, model, asked)
+
+        monkeypatch.setattr(ClassifyTask, name, noted)
+    options = {"epochs": 1, "batch_size": 8, "lr": 3e-3, "precision": "f32", "strategy": strategy}
+    held_out = {name: small_files / f"{name}.jsonl" for name in ("valid", "test")}
+    question = "I saw the apple"
+    run = finetune(
+        small_files / "train.jsonl", model=small_model, out=tmp_path, question=question, **held_out, **options
+    )
+    assert list(seen) == ["before 0", "ask 1", "ask 2"]
+    before, asked, after = seen.values()
+    base = weights_of(LLMForSequenceClassification.from_pretrained(small_model))
+
+    def is_base(found: list[torch.Tensor]) -> bool:  # Adapters may lie between
+        return all(any(torch.equal(one, other) for other in found if one.shape == other.shape) for one in base)
+
+    assert is_base(before) and is_base(asked) and not is_base(after)
+    assert run.record.scores["question"]["text"] == question
