@@ -7,6 +7,7 @@ __all__ = ['write_rows', 'CorpusAudit', 'CorpusDataset', 'token_ids', 'tokenizer
            'kept_audit', 'building_folder', 'kept_folder', 'build_corpus']
 
 # %% ../nbs/01f_corpus.ipynb #44816c48
+import contextlib
 import json
 import os
 import shutil
@@ -124,7 +125,6 @@ class CorpusDataset(TokenDataset):
         seed: int = 0,  # Of the masks
         mask_frac: float = 0.15,  # Share of the tokens that are masked
         mask_words: bool = False,  # Whether whole words are, at all their places in a row
-        temporary: Any = None,  # Held as long as the data set is, for a file that nobody keeps
     ) -> None:
         if not 0 < mask_frac <= 1:
             raise UserError(f"mask_frac is {mask_frac}", mend="give a share above 0, such as 0.15")
@@ -135,7 +135,7 @@ class CorpusDataset(TokenDataset):
         special = set(tokenizer.all_special_ids)
         self.ordinary_ids = np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
         self.spelling = spell_tokens(tokenizer) if mask_words and not self.causal else None
-        self.temporary, self._digest = temporary, ""
+        self._digest = ""
 
     @property
     def fingerprint(self) -> str:  # 64 hexadecimal digits; the same for the same tokens and masks
@@ -367,16 +367,17 @@ def build_corpus(
     if typed := typed_controls(tokenizer):
         get_logger("corpus").warning("%s typed in a text is taken for a control token", ", ".join(typed))
     stream = texts if isinstance(texts, (TextStream, TextPart)) else stream_texts(texts)
-    temporary = None
-    if cache_folder is None:
-        temporary = tempfile.TemporaryDirectory(prefix="corpus-", ignore_cleanup_errors=True)
-        folder = kept_folder(Path(temporary.name), "corpus-once", stream, tokenizer, settings)
-    else:
-        key = sha256_json([1, stream.fingerprint, tokenizer_digest(tokenizer), asdict(settings)])
-        folder = kept_folder(Path(cache_folder).expanduser(), f"corpus-{key[:20]}", stream, tokenizer, settings)
-    audit = kept_audit(folder)
-    assert audit is not None, folder
     options: dict[str, Any] = {"objective": objective, "first_position": first_position, "seed": seed}
     options |= {"mask_frac": mask_frac, "mask_words": mask_words}
-    table = Dataset.from_file(str(folder / "rows.arrow"))
-    return CorpusDataset(table, tokenizer, audit, temporary=temporary, **options)
+    with contextlib.ExitStack() as closing:
+        if cache_folder is None:
+            once = tempfile.TemporaryDirectory(prefix="corpus-", ignore_cleanup_errors=True)
+            parent, name = Path(closing.enter_context(once)), "corpus-once"
+        else:
+            key = sha256_json([1, stream.fingerprint, tokenizer_digest(tokenizer), asdict(settings)])
+            parent, name = Path(cache_folder).expanduser(), f"corpus-{key[:20]}"
+        folder = kept_folder(parent, name, stream, tokenizer, settings)
+        audit = kept_audit(folder)
+        assert audit is not None, folder
+        table = Dataset.from_file(str(folder / "rows.arrow"))
+    return CorpusDataset(table, tokenizer, audit, **options)
