@@ -84,7 +84,7 @@ def one_run(task_name: str, n_rows: int, n_steps: int) -> Run:
     settings, _ = resolve_settings(
         parse_strategy("full"), task=task_name, arguments={"precision": "f32", "epochs": 100, "batch_size": 16}
     )
-    learnt, clock, seconds = make_task(task_name, settings), Clock(), dict[str, float]()
+    learnt, clock = make_task(task_name, settings), Clock()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.jsonl"
         write_rows(task_name, n_rows, file)
@@ -100,7 +100,7 @@ def one_run(task_name: str, n_rows: int, n_steps: int) -> Run:
         trainer.train(loader)
         held = resident_mb()
     n_tokens = int(dataset.lengths.sum())
-    steps = [row for step in _steps(loader, n_steps)[clock.n_warm :] for row in step]
+    steps = [row for step in first_steps(loader, n_steps)[clock.n_warm :] for row in step]
     seconds = {
         "prepare": (marks[1] - marks[0]) / n_tokens,
         "tokens": (marks[3] - marks[2]) / n_tokens,
@@ -110,7 +110,7 @@ def one_run(task_name: str, n_rows: int, n_steps: int) -> Run:
     return {"task": task_name, "rows": n_rows, "tokens": n_tokens, **seconds, **held}
 
 
-def _steps(loader: Any, n_steps: int) -> list[list[int]]:
+def first_steps(loader: Any, n_steps: int) -> list[list[int]]:
     "Rows of the first steps of a run."
     found = list[list[int]]()
     epoch = 0

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHA', 'TASK_TYPES', 'is_linear', 'layer_width', 'matrices_passed_over', 'adapter_targets', 'matching_layers',
-           'add_adapters', 'apply_strategy', 'unpacked', 'merge_adapters', 'save_adapters', 'check_four_bit']
+           'add_adapters', 'apply_strategy', 'unpacked', 'merge_adapters', 'save_adapters', 'check_bitsandbytes',
+           'check_four_bit']
 
 # %% ../nbs/03c_adapters.ipynb #3c000004
 import importlib.util
@@ -224,6 +225,15 @@ def save_adapters(
     save_file(whole, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 # %% ../nbs/03c_adapters.ipynb #3c000027
+def check_bitsandbytes(
+    where: str,  # What asks for it, for the message
+    instead: str,  # What does without, for the message
+) -> None:
+    "See that bitsandbytes is there."
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("bitsandbytes is not installed", where=where, mend=f"pip install bitsandbytes, or {instead}")
+
+
 def check_four_bit(
     strategy: Strategy,  # Any; nothing is asked of others than "qlora"
     init: str = "pretrained",  # What starts at random
@@ -235,8 +245,7 @@ def check_four_bit(
     if init != "pretrained":
         why = "four bits are made of a checkpoint's weights"
         raise UserError("contradictory", where=f"{where}, init {init}", why=why, mend=instead)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("bitsandbytes is not installed", where=where, mend=f"pip install bitsandbytes, or {instead}")
+    check_bitsandbytes(where, instead)
     if probe_device().kind != "cuda":
         why = "elsewhere the four-bit layers of bitsandbytes answer, but pass no gradient on"
         raise UserError("qlora needs a CUDA device", where=where, why=why, mend=instead)

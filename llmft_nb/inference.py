@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['by_length', 'predict_logits', 'probabilities', 'decide', 'name_answers', 'predict_positions', 'row_losses',
-           'last_states', 'pooled_features', 'question', 'head_inputs', 'shaped_like', 'read_rule', 'padding_gap']
+           'last_states', 'pooled_features', 'question', 'asker', 'head_inputs', 'shaped_like', 'read_rule',
+           'padding_gap']
 
 # %% ../nbs/06b_inference.ipynb #f97ac9a8
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,16 @@ def question(
     "Some rows as a model is asked about them."
     batch = dataset.batch(indices)
     return {name: tensor.to(place) for name, tensor in batch.items() if name != "labels"}
+
+
+def asker(
+    model: TunableModel,  # Any
+    dataset: TokenDataset,  # Rows
+    indices: Sequence[int],  # Which of them
+) -> Callable[[], torch.Tensor]:  # Each time the model's scores, for batches as the data set makes them then
+    "A model asked about some rows, before something is changed and after."
+    place = next(model.parameters()).device
+    return lambda: model(**question(dataset, indices, place))
 
 
 def head_inputs(

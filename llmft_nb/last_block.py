@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
 from .forwards import InUse, answer_through, keep_if_same, see_batches
-from .inference import question, read_rule, shaped_like
+from .inference import asker, read_rule, shaped_like
 from .line import Layout, into_rectangle, places_in_line
 from .modeling import TunableModel
 from .strategy import find_blocks
@@ -159,10 +159,10 @@ def open_last_block(
     datasets: list[TokenDataset],  # Rows that it will read; some of the first are tried
 ) -> LastBlock | None:  # To be closed afterwards; None where the block has to compute everything
     "Have the last block compute where it is read, if the model answers the same."
-    dataset, place = datasets[0], next(model.parameters()).device
+    dataset = datasets[0]
 
     def put() -> LastBlock | None:
         rule = read_rule(model, dataset)
         return LastBlock(model, rule, datasets) if rule else None
 
-    return keep_if_same(model, put, lambda: model(**question(dataset, range(min(8, len(dataset))), place)))
+    return keep_if_same(model, put, asker(model, dataset, range(min(8, len(dataset)))))

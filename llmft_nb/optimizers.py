@@ -6,12 +6,12 @@
 __all__ = ['check_eight_bit', 'make_optimizer', 'StepInBackward', 'check_step_in_backward']
 
 # %% ../nbs/06c_optimizers.ipynb #06f70004
-import importlib.util
 from functools import partial
 
 import torch
 from torch import nn
 
+from .adapters import check_bitsandbytes
 from .core import UserError
 from .data import TextDataLoader
 from .forwards import InUse
@@ -20,9 +20,7 @@ from .hparams import TrainSettings, parameter_groups, tokens_at_once
 # %% ../nbs/06c_optimizers.ipynb #06f70008
 def check_eight_bit() -> None:
     "Refuse states in eight bits where nobody can compute with them."
-    if importlib.util.find_spec("bitsandbytes") is None:
-        mend = "pip install bitsandbytes, or choose adamw"
-        raise UserError("bitsandbytes is not installed", where="optimizer adamw8bit", mend=mend)
+    check_bitsandbytes("optimizer adamw8bit", "choose adamw")
 
 
 def make_optimizer(
@@ -73,7 +71,7 @@ class StepInBackward(InUse):
     def norm(self) -> torch.Tensor:  # A scalar on the device
         "The norm of the whole gradient of the step that was taken, which nobody has had at once."
         squares, self.squares = self.squares, []
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        return torch.stack(squares).sum().sqrt()
 
 # %% ../nbs/06c_optimizers.ipynb #06f70012
 def check_step_in_backward(

@@ -130,7 +130,6 @@ def encode_parts(
     n_rows: int = 5000,  # Rows of a part
 ) -> Iterator[TokenRows]:  # One part at least, in the order of the texts
     "Tokenize rows a part at a time."
-    check_max_length(tokenizer, max_length)
     for start in range(0, max(1, len(texts)), n_rows):
         part = slice(start, start + n_rows)
         yield encode_rows(tokenizer, texts[part], None if pairs is None else pairs[part], max_length)

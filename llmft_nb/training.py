@@ -185,25 +185,24 @@ def start_run(
     if settings.step_in_backward:
         check_step_in_backward(settings, loader, accelerator.device.type, *sharing)
 
-    def is_put(one: Any) -> bool:
+    def put(one: Any) -> None:
         if one is not None:
             closing.callback(one.close)
-        return one is not None
 
-    is_put(open_kernels(model, dataset, settings.kernels))
-    is_put(open_dropout(model.network, accelerator.device))
-    is_put(open_compiled(model, dataset, settings.compile))
-    is_put(open_recomputing(model.network, settings.activation_checkpointing))
-    is_put(open_last_block(model, datasets))
+    put(open_kernels(model, dataset, settings.kernels))
+    put(open_dropout(model.network, accelerator.device))
+    put(open_compiled(model, dataset, settings.compile))
+    put(open_recomputing(model.network, settings.activation_checkpointing))
+    put(open_last_block(model, datasets))
     if not settings.compile:
-        is_put(open_unpadded(model, datasets))
+        put(open_unpadded(model, datasets))
     embedding = open_embedding(model, [dataset], *sharing, settings.step_in_backward)
-    is_put(embedding)
-    is_put(open_loss_parts(model, dataset, settings, embedding.plainly))
+    put(embedding)
+    put(open_loss_parts(model, dataset, settings, embedding.plainly))
     optimizer = trainer.optimizer or make_optimizer(model.network, settings)
     swap_parameters(optimizer, {} if trainer.optimizer is None else replaced)
     stepping = StepInBackward(optimizer) if settings.step_in_backward else None
-    is_put(stepping)
+    put(stepping)
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
     phases = plan_phases(model.network, trainer.strategy, state.n_steps, settings.unfreeze_frac, settings.head_first_lr)
     restarts = [phase.first_step for phase in phases if phase.restarts and phase.first_step > 0]

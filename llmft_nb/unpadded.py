@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
 from .forwards import InUse, answer_through, keep_if_same, see_batches
-from .inference import question
+from .inference import asker
 from .line import Group, Layout, into_line, into_rectangle, lay_out
 from .modeling import TunableModel
 from .strategy import find_blocks
@@ -149,5 +149,4 @@ def open_unpadded(
     rows = sorted({int(order[i * (len(order) - 1) // 4]) for i in range(5)})
     if "segments" in dataset.tokens.column_names or lay_out(dataset.read_lengths[rows]) is None:
         return None
-    place = next(model.parameters()).device
-    return keep_if_same(model, lambda: Unpadded(model, datasets), lambda: model(**question(dataset, rows, place)))
+    return keep_if_same(model, lambda: Unpadded(model, datasets), asker(model, dataset, rows))

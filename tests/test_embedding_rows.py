@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 from small import small_rows
+from small_models import answering
 
 from llmft_nb import training
 from llmft_nb.callbacks import Callback, TrainState
 from llmft_nb.data import TextDataLoader, TextDataset
-from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.embedding_rows import OccurringRows, OpenEmbedding, TiedRows, occurring_tokens, open_embedding
 from llmft_nb.finetune import make_task
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import predict_logits
-from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
-from llmft_nb.rows import read_rows
+from llmft_nb.modeling import LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.strategy import open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
 
@@ -129,9 +128,7 @@ def test_a_run_that_fails_leaves_the_embedding_as_it_was(save_small: Callable[..
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen3"])
 def test_a_tied_matrix_has_the_same_gradient(kind: str, save_small: Callable[..., Path]) -> None:
-    model = LLMForCausalLM.from_pretrained(save_small(kind, tie_word_embeddings=True))
-    rows = [{"prompt": row["text"], "completion": row["label"]} for row in small_rows(12)]
-    dataset = InstructDataset(check_instruct(read_rows(rows)), model.tokenizer, max_length=200)
+    model, dataset = answering(save_small(kind, tie_word_embeddings=True))
 
     def gradients() -> list[torch.Tensor]:
         model.train()
@@ -153,9 +150,7 @@ def test_a_tied_matrix_has_the_same_gradient(kind: str, save_small: Callable[...
 
 
 def test_in_mixed_precision_autograd_scores(save_small: Callable[..., Path]) -> None:
-    model = LLMForCausalLM.from_pretrained(save_small("Llama", tie_word_embeddings=True))
-    rows = [{"prompt": row["text"], "completion": row["label"]} for row in small_rows(12)]
-    dataset = InstructDataset(check_instruct(read_rows(rows)), model.tokenizer, max_length=200)
+    model, dataset = answering(save_small("Llama", tie_word_embeddings=True))
 
     def gradients() -> list[torch.Tensor]:
         model.train()
