@@ -12,7 +12,8 @@ their standard deviation. The share of the peak is by the products of the plain 
 
 Everybody computes in f32. With $LLMFT_DATA and MINILM, a folder of all-MiniLM-L6-v2, the rows are of banking77 and
 rasbt_instruct; without, of the house pharmacy, and the encoder is the embedded one. `--write` keeps the table in
-`bench.json`, where works not measured this time stay as they are, and draws `bench.png`, both beside this file.
+`bench.json`, where works not measured this time stay as they are, and draws speeds into `bench.png` and the losses
+against updates into `losses.png`, all beside this file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -151,26 +153,50 @@ def say(lines: list[Run]) -> bool:
     return reached
 
 
-def draw(lines: list[Run], file: Path) -> None:
-    "Rows a second of each contestant, work by work, as a share of ours."
+def panels(lines: list[Run], **options: Any) -> tuple[Any, Iterator[tuple[Any, list[Run]]]]:
+    "A figure with a panel for each work, and each panel with the work's lines."
     import matplotlib.pyplot as plt
 
     works = list(dict.fromkeys(line["work"] for line in lines))
     n_columns = min(4, len(works))
     n_rows = -(-len(works) // n_columns)
     size = (2.1 * n_columns, 2.4 * n_rows)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, **options)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=7)
     for ax in axes.flat[len(works) :]:
         ax.set_visible(False)
     for ax, work in zip(axes.flat, works, strict=False):
-        group = [line for line in lines if line["work"] == work]
+        ax.set_title(work, fontsize=8)
+    return figure, zip(axes.flat, ([line for line in lines if line["work"] == work] for work in works), strict=False)
+
+
+def draw(lines: list[Run], file: Path) -> None:
+    "Rows a second of each contestant, work by work, as a share of ours."
+    figure, groups = panels(lines, sharey=True)
+    for ax, group in groups:
         shares = [1 / line["ratio"] for line in group]
         bars = ax.bar(range(len(group)), shares, color=["#1f77b4", *["#b0b7bf"] * (len(group) - 1)])
         ax.bar_label(bars, [f"{line['rows_s']:.0f}" for line in group], fontsize=7)
         ax.set_xticks(range(len(group)), [line["who"] for line in group], rotation=60, ha="right", fontsize=7)
-        ax.set_title(work, fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
     figure.supylabel("speed, ours = 1 (rows/s above)", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def draw_losses(lines: list[Run], file: Path) -> None:
+    "The loss of each contestant against updates, the mean over the seeds; where updates differ, only what all have."
+    figure, groups = panels(lines)
+    for ax, group in groups:
+        for line, style in zip(group, ("-", "--", ":", "-."), strict=False):
+            seeds = [dict(map(tuple, losses)) for losses in line["losses"]]
+            updates = sorted(set.intersection(*map(set, seeds)))
+            means = [statistics.mean(losses[update] for losses in seeds) for update in updates]
+            ax.plot(updates, means, style, linewidth=1, label=line["who"])
+        ax.legend(fontsize=6, frameon=False)
+    figure.supylabel("training loss, mean over the seeds", fontsize=8)
+    figure.supxlabel("updates", fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
@@ -211,6 +237,7 @@ def main() -> None:
         lines.sort(key=lambda line: list(WORKS).index(line["work"]))
         write_measured(file, lines)
         draw(lines, HERE / "bench.png")
+        draw_losses(lines, HERE / "losses.png")
     sys.exit(0 if reached else 1)
 
 

@@ -362,8 +362,15 @@ def test_a_figure_that_is_missed_is_told(capsys: pytest.CaptureFixture[str], tmp
     lines[0]["peak_mb"] = 101.0
     assert not bench.say(lines), "more memory than the leanest peer"
     assert "more memory than the leanest peer" in capsys.readouterr().out
-    bench.draw(lines, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").stat().st_size > 2000
+    for name, draw in {"bench.png": bench.draw, "losses.png": bench.draw_losses}.items():
+        draw(lines, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 2000
+
+
+def test_losses_are_told_after_the_same_updates_by_everybody() -> None:
+    ours = [(3, 6.0), (5, 1.0), (6, 2.0), (9, 4.0), (10, 6.0), (12, 9.0)]
+    assert peers.even(ours) == [(5, (3 * 6.0 + 2 * 1.0) / 5), (10, (2.0 + 3 * 4.0 + 6.0) / 5)]
+    assert peers.even([(5, 0.5), (10, 0.25)]) == [(5, 0.5), (10, 0.25)]
 
 
 @pytest.mark.parametrize("who", ["ours", "ours, checkpointing", "ours, step in backward", "trainer"])
