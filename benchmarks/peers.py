@@ -27,6 +27,8 @@ def even(losses: Losses) -> Losses:
 
 def ours(job: Job) -> Callable[[], Losses]:
     "LLMTrainer."
+    import transformers.optimization  # noqa: F401  The peers' is imported before their time begins, too
+
     from llmft_nb.data import TextDataLoader
     from llmft_nb.training import LLMTrainer
 

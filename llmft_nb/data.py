@@ -106,7 +106,7 @@ class TokenDataset:
     draws = False  # Whether what a row shows is drawn anew for each epoch
     shows_asked = False  # Whether batches say row by row where they are asked, while the last block wants to know
     tells_targets = False  # Whether a model is told what is right, to answer with its loss
-    lay_out: Any = None  # Given the lengths of a batch's rows, says how their tokens stand in a line
+    lay_out: Any = None  # Given lengths, width and columns of a batch, says how its tokens stand in a line
     states: Any = None  # What a frozen trunk made of the rows, while it is in use; has `rows(indices, width)`
 
     def __init__(
@@ -323,7 +323,7 @@ def collate(
     if "segments" in columns:
         segments = pad_column(columns["segments"], width, -1)
         return batch | packed_inputs(segments, dataset.causal, dataset.first_position)
-    if dataset.lay_out is not None and (layout := dataset.lay_out(dataset.read_lengths[chosen], width)) is not None:
+    if dataset.lay_out is not None and (layout := dataset.lay_out(dataset.read_lengths[chosen], width, columns)):
         batch["layout"] = layout
     is_token = np.arange(width) < dataset.lengths[chosen][:, None]
     batch["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))

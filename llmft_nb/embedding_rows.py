@@ -44,11 +44,6 @@ class OpenEmbedding(InUse):
         "For a while the model's weights are those that it came with; what is done to them stays."
         yield
 
-    @contextlib.contextmanager
-    def plainly(self) -> Iterator[None]:
-        "For a while autograd makes the output matrix's gradient."
-        yield
-
 
 class OccurringRows(OpenEmbedding):
     "An embedding whose weight is, while this is open, a matrix of the rows that occur."
@@ -126,74 +121,21 @@ class _AddedInPlace(torch.autograd.Function):
         return None, None, None
 
 
-class _ScoredInPlace(torch.autograd.Function):
-    "Scores of every token; on the way back the matrix's gradient is written where that of the last step was."
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, states: torch.Tensor, tied: "TiedRows") -> torch.Tensor:
-        ctx.save_for_backward(states)
-        ctx.tied = tied
-        return nn.functional.linear(states, tied.embedding.weight.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        (states,), slope = ctx.saved_tensors, slopes[0]
-        ctx.tied.add(slope.flatten(0, -2), states.flatten(0, -2))
-        return None, slope @ ctx.tied.embedding.weight.detach(), None
-
-
 class TiedRows(OpenEmbedding):
     "An embedding whose weight is the output matrix too; while this is open its gradient is made once."
 
     def __init__(
         self,
         embedding: nn.Embedding,  # A plain one, whose weight the output layer has too
-        output: nn.Module | None = None,  # That layer, a plain one without a bias; None leaves it alone
     ) -> None:
         super().__init__()
         self.embedding = embedding
         self.anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)  # Calls backward
-        self.kept: torch.Tensor | None = None  # The memory of the gradient, from step to step
-        self.is_plain = False  # Whether somebody else makes scores and wants their gradient from autograd
         self.undo.callback(answer_through(embedding, self.answer))
-        if output is not None:
-            self.undo.callback(answer_through(output, self.score))
-
-    @contextlib.contextmanager
-    def plainly(self) -> Iterator[None]:
-        "For a while autograd makes the output matrix's gradient."
-        self.is_plain = True
-        try:
-            yield
-        finally:
-            self.is_plain = False
 
     def is_learning(self) -> bool:  # False where a model is asked
         "Whether a gradient of the matrix is wanted."
         return torch.is_grad_enabled() and self.embedding.training and self.embedding.weight.requires_grad
-
-    def add(
-        self,
-        slopes: torch.Tensor,  # Of the scores, shape (S, tokens of the vocabulary)
-        states: torch.Tensor,  # That they were made of, shape (S, width)
-    ) -> None:
-        "Add to the matrix's gradient."
-        weight = self.embedding.weight
-        if weight.grad is not None:
-            weight.grad.addmm_(slopes.T, states)
-            return
-        self.kept = torch.empty_like(weight) if self.kept is None else self.kept
-        weight.grad = torch.mm(slopes.T, states, out=self.kept)
-
-    def score(
-        self,
-        forward: Callable[..., torch.Tensor],  # The output layer's own
-        input: torch.Tensor,  # States; the name is torch's  # noqa: A002
-    ) -> torch.Tensor:  # Scores of every token
-        "Score tokens."
-        if self.is_learning() and not self.is_plain and not torch.is_autocast_enabled(input.device.type):
-            return _ScoredInPlace.apply(self.anchor, input, self)
-        return forward(input)
 
     def answer(
         self,
@@ -221,11 +163,9 @@ def open_embedding(
     having = owners(model.network, embedding.weight)
     if len(having) > 1:
         bare = type(embedding).forward is nn.Embedding.forward and n_processes == 1 and not in_backward
-        output = model.network.get_output_embeddings()
-        if not bare or output not in having:
+        if not bare or model.network.get_output_embeddings() not in having:
             return OpenEmbedding()
-        is_linear = type(output).forward is nn.Linear.forward and output.bias is None
-        return TiedRows(embedding, output if is_linear else None)
+        return TiedRows(embedding)
     occurring = occurring_tokens(datasets)
     if occurring is None or 2 * len(occurring) > len(embedding.weight):
         return OpenEmbedding()

@@ -16,8 +16,8 @@ from torch import nn
 
 from .core import UserError, get_logger
 from .data import TokenDataset
-from .forwards import InUse, answer_through, keep_if_same, lower_blocks
-from .inference import asker
+from .forwards import InUse, answer_through, lower_blocks
+from .inference import Trial
 from .modeling import TunableModel, inner_model
 
 # %% ../nbs/06c_kernels.ipynb #06f80008
@@ -82,15 +82,14 @@ def put_liger(
 
 def open_kernels(
     model: TunableModel,  # Ready for training, on its device
-    dataset: TokenDataset,  # Rows that it will read; the first ones are tried
+    dataset: TokenDataset,  # Rows that it will read; some are tried
     choice: str,  # "auto", or "none" for torch's own
     put: Callable[[nn.Module], None] = put_liger,  # What is put in
 ) -> Kernels | None:  # To be closed afterwards; None where torch's own are used
     "Use other kernels on a GPU, where they are installed and the model answers the same."
     if choice == "none" or not may_use_liger(next(model.parameters()).device):
         return None
-    ask = asker(model, dataset, range(min(4, len(dataset))))
-    found: Kernels | None = keep_if_same(model, lambda: Kernels(model.network, put), ask)
+    found: Kernels | None = Trial(model, dataset).keep_if_same(lambda: Kernels(model.network, put))
     if found is None:
         get_logger("kernels").info("liger's kernels do not suit %s; torch's own are used", model.source.name)
     return found
@@ -117,15 +116,14 @@ class Compiled(InUse):
 
 def open_compiled(
     model: TunableModel,  # Ready for training, on its device
-    dataset: TokenDataset,  # Rows that it will read; the first ones are tried
+    dataset: TokenDataset,  # Rows that it will read; some are tried
     is_wanted: bool,  # Whether blocks are to be compiled
 ) -> Compiled | None:  # To be closed afterwards; None where nobody wants it
     "Compile all blocks of a model but the last, if it answers the same."
     if not is_wanted:
         return None
     blocks = lower_blocks(model.network, "compile")
-    ask = asker(model, dataset, range(min(4, len(dataset))))
-    found: Compiled | None = keep_if_same(model, lambda: Compiled(blocks), ask)
+    found: Compiled | None = Trial(model, dataset).keep_if_same(lambda: Compiled(blocks))
     if found is None:
         why = "torch's compiler fails, or the compiled blocks answer something else"
         raise UserError("these blocks cannot be compiled", where="compile", why=why, mend="leave it out")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
-from .forwards import InUse, answer_through, keep_if_same, see_batches
-from .inference import asker, read_rule, shaped_like
+from .forwards import InUse, answer_through, see_batches
+from .inference import Trial, read_rule, shaped_like
 from .line import Layout, into_rectangle, places_in_line
 from .modeling import TunableModel
 from .strategy import find_blocks
@@ -55,7 +55,8 @@ class AskedAttention(TorchFunctionMode):
         told |= {"query": query[0].unflatten(1, self.places.shape).transpose(0, 1)}
         for name in ("key", "value"):
             line = self.kept[name][0].transpose(0, 1)  # Shape (tokens, heads, width of one)
-            told[name] = into_rectangle(line, self.layout.places, self.layout.shape).transpose(1, 2)
+            whole = into_rectangle(line, self.layout.places, self.layout.shape, self.layout.lent)
+            told[name] = whole.transpose(1, 2)
         return attention(**(self.kept | told)).transpose(0, 1).reshape(*packed.shape[:3], -1)
 
     def narrow_mask(self) -> torch.Tensor | None:  # Shape (N, heads or 1, S, T); None where all may look everywhere
@@ -157,6 +158,7 @@ class LastBlock(InUse):
 def open_last_block(
     model: TunableModel,  # Ready for training
     datasets: list[TokenDataset],  # Rows that it will read; some of the first are tried
+    trial: Trial | None = None,  # If there is one already
 ) -> LastBlock | None:  # To be closed afterwards; None where the block has to compute everything
     "Have the last block compute where it is read, if the model answers the same."
     dataset = datasets[0]
@@ -165,4 +167,5 @@ def open_last_block(
         rule = read_rule(model, dataset)
         return LastBlock(model, rule, datasets) if rule else None
 
-    return keep_if_same(model, put, asker(model, dataset, range(min(8, len(dataset)))))
+    found: LastBlock | None = (trial or Trial(model, dataset)).keep_if_same(put)
+    return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'swap_parameters', 'StepPlan', 'plan_steps', 'shares', 'on_device', 'backward_step', 'make_accelerator',
-           'own_random_stream', 'FiniteGuard', 'attend_in_f32', 'f32_attention', 'is_evaluation_step']
+           'FiniteGuard', 'attend_in_f32', 'f32_attention', 'is_evaluation_step']
 
 # %% ../nbs/06c_steps.ipynb #c126f6f2
 import contextlib
@@ -149,14 +149,6 @@ def make_accelerator(
         raise UserError(
             str(error), where=f"trackers {', '.join(map(str, trackers))}", mend="install it, or leave it out"
         ) from error
-
-# %% ../nbs/06c_steps.ipynb #73538d2b
-@contextlib.contextmanager
-def own_random_stream() -> Iterator[None]:
-    "Leave torch's global random streams as they were."
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
 
 # %% ../nbs/06c_steps.ipynb #06c0e004
 class FiniteGuard:

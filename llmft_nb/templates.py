@@ -142,10 +142,10 @@ def marked_pieces(
 
 # %% ../nbs/01b_templates.ipynb #b0f9bacf
 def n_alike(
-    first: str,  # A text
-    second: str,  # Another
-) -> int:  # Characters
-    "How far two texts agree from their beginning."
+    first: Sequence[Any],  # A text, or a row of tokens
+    second: Sequence[Any],  # Another
+) -> int:  # Characters, or tokens
+    "How far two texts or rows agree from their beginning."
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 # %% ../nbs/01b_templates.ipynb #4dab361c

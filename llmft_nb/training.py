@@ -28,11 +28,12 @@ from .data import TextDataLoader, TokenDataset
 from .dropout import open_dropout
 from .embedding_rows import OpenEmbedding, open_embedding
 from .hparams import TrainSettings, lr_factors
+from .inference import Trial, own_random_stream
 from .kernels import open_compiled, open_kernels
 from .last_block import open_last_block
 from .modeling import TunableModel, size_head
 from .steps import FiniteGuard, StepPlan, backward_step, f32_attention, is_evaluation_step
-from .steps import make_accelerator, own_random_stream, plan_steps, swap_parameters
+from .steps import make_accelerator, plan_steps, swap_parameters
 from .movement import Watch, moved_record
 from .optimizers import StepInBackward, check_step_in_backward, make_optimizer
 from .phases import Phase, enter_phase, phase_at, plan_phases
@@ -193,12 +194,13 @@ def start_run(
     put(open_dropout(model.network, accelerator.device))
     put(open_compiled(model, dataset, settings.compile))
     put(open_recomputing(model.network, settings.activation_checkpointing))
-    put(open_last_block(model, datasets))
+    trial = Trial(model, dataset)
+    put(open_last_block(model, datasets, trial))
     if not settings.compile:
-        put(open_unpadded(model, datasets))
+        put(open_unpadded(model, datasets, trial))
     embedding = open_embedding(model, [dataset], *sharing, settings.step_in_backward)
     put(embedding)
-    put(open_loss_parts(model, dataset, settings, embedding.plainly))
+    put(open_loss_parts(model, dataset, settings, sharing == (1, False) and not settings.step_in_backward, trial))
     optimizer = trainer.optimizer or make_optimizer(model.network, settings)
     swap_parameters(optimizer, {} if trainer.optimizer is None else replaced)
     stepping = StepInBackward(optimizer) if settings.step_in_backward else None

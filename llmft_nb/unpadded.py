@@ -6,19 +6,21 @@
 __all__ = ['LinedAttention', 'Unpadded', 'open_unpadded']
 
 # %% ../nbs/06c_unpadded.ipynb #06f40004
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
-from .forwards import InUse, answer_through, keep_if_same, see_batches
-from .inference import asker
+from .forwards import InUse, answer_through, see_batches
+from .inference import Trial
 from .line import Group, Layout, into_line, into_rectangle, lay_out
 from .modeling import TunableModel
+from .prefixes import shared_owners
 from .strategy import find_blocks
 
 # %% ../nbs/06c_unpadded.ipynb #06f40010
@@ -46,7 +48,11 @@ class LinedAttention(TorchFunctionMode):
         found: list[torch.Tensor] = []
         for group, *parts in zip(self.layout.groups, *(line.split(sizes) for line in lines), strict=True):
             shape = group.n_rows, group.width
-            whole = [into_rectangle(part, group.inside, shape).transpose(1, 2) for part in parts]
+            lent = None, group.lent, group.lent  # Who asks does so once, in its own place
+            whole = [
+                into_rectangle(part, group.inside, shape, *more).transpose(1, 2)
+                for part, *more in zip(parts, lent, lines, strict=True)
+            ]
             mask = self.narrow_mask(group, asked.get("attn_mask"), bool(asked.get("is_causal")))
             answer = attention(**(asked | dict(zip(names, [*whole, mask], strict=False))))
             found.append(into_line(answer.transpose(1, 2), group.inside))
@@ -64,7 +70,9 @@ class LinedAttention(TorchFunctionMode):
             if is_causal or len(group.inside) == n_places:
                 return None
             there = torch.zeros(n_places, dtype=torch.bool, device=group.inside.device)
-            return there.index_fill_(0, group.inside, True).view(group.n_rows, 1, 1, group.width)
+            for places in (group.inside, *([group.lent.places] if group.lent else [])):
+                there.index_fill_(0, places, True)
+            return there.view(group.n_rows, 1, 1, group.width)
         mask = mask[..., : group.width, : group.width]
         return mask if len(mask) == 1 else mask[self.layout.rows[group.rows]]
 
@@ -76,9 +84,11 @@ class Unpadded(InUse):
         self,
         model: TunableModel,  # Its blocks answer through this as long as it is open
         datasets: Sequence[TokenDataset] = (),  # Rows whose batches are to bring a layout along
+        *,
+        shares: bool = False,  # Whether what rows begin with alike is computed once
     ) -> None:
         super().__init__()
-        self.model, blocks = model, find_blocks(model.network)[1]
+        self.model, self.shares, blocks = model, shares, find_blocks(model.network)[1]
         self.n_blocks = len(blocks)
         self.layout: Layout | None = None  # Of the batch at hand
         self.lined: dict[int, tuple[Any, Any]] = {}  # What its blocks share beside their states, and in a line
@@ -86,8 +96,17 @@ class Unpadded(InUse):
             self.undo.callback(answer_through(block, partial(self.answer, number)))
         self.undo.callback(see_batches(model, self.take, self.drop))
         for dataset in datasets:
-            dataset.lay_out = lay_out
+            dataset.lay_out = self.lay_out
             self.undo.callback(setattr, dataset, "lay_out", None)
+
+    def lay_out(
+        self,
+        lengths: np.ndarray,  # Tokens of each row of a batch that are to be computed, shape (N,)
+        width: int,  # Tokens of the longest row
+        columns: Mapping[str, Any],  # The rows
+    ) -> Layout | None:  # None where a rectangle is as good
+        "Say how the tokens of a batch stand in a line."
+        return lay_out(lengths, width, shared_owners(columns, lengths) if self.shares else None)
 
     def take(
         self,
@@ -143,10 +162,15 @@ class Unpadded(InUse):
 def open_unpadded(
     model: TunableModel,  # Ready for training
     datasets: Sequence[TokenDataset],  # Rows that it will read; some of the first are tried
+    trial: Trial | None = None,  # If there is one already
 ) -> Unpadded | None:  # To be closed afterwards; None where rectangles are computed
-    "Have a model's blocks compute no padding, if it answers the same."
-    dataset, order = datasets[0], datasets[0].lengths.argsort(kind="stable")
-    rows = sorted({int(order[i * (len(order) - 1) // 4]) for i in range(5)})
-    if "segments" in dataset.tokens.column_names or lay_out(dataset.read_lengths[rows]) is None:
+    "Have a model's blocks compute no padding, and nothing twice, if it answers the same."
+    dataset, trial = datasets[0], trial or Trial(model, datasets[0])
+    if "segments" in dataset.tokens.column_names:
         return None
-    return keep_if_same(model, lambda: Unpadded(model, datasets), asker(model, dataset, rows))
+    lengths, opened = dataset.read_lengths[trial.rows], None
+    if shared_owners(dataset.tokens[trial.rows], lengths) is not None and not trial.draws_numbers():
+        opened = trial.keep_if_same(lambda: Unpadded(model, datasets, shares=True))
+    if opened is None and lay_out(lengths) is not None:
+        opened = trial.keep_if_same(lambda: Unpadded(model, datasets))
+    return opened

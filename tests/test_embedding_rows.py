@@ -149,30 +149,6 @@ def test_a_tied_matrix_has_the_same_gradient(kind: str, save_small: Callable[...
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-def test_in_mixed_precision_autograd_scores(save_small: Callable[..., Path]) -> None:
-    model, dataset = answering(save_small("Llama", tie_word_embeddings=True))
-
-    def gradients() -> list[torch.Tensor]:
-        model.train()
-        model.zero_grad()
-        batch = dataset.batch(range(12))
-        labels = batch.pop("labels")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            scores = model(**batch)
-        assert scores.dtype == torch.bfloat16
-        torch.nn.functional.cross_entropy(scores.float(), labels).backward()
-        return [weight.grad.clone() for weight in model.parameters()]
-
-    plain = gradients()
-    opened = open_embedding(model, [dataset])
-    assert isinstance(opened, TiedRows)
-    found = gradients()
-    opened.close()
-    assert opened.kept is None
-    for one, other in zip(plain, found, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-2)
-
-
 def test_where_any_token_may_come_every_row_moves(save_small: Callable[..., Path]) -> None:
     "Masking draws tokens at random."
     model, task = LLMForMaskedLM.from_pretrained(save_small("Bert")), make_task("text", TrainSettings(max_length=48))

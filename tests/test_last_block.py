@@ -12,12 +12,12 @@ from small import small_rows
 from small_models import DECODERS, ENCODERS, MASKED, answering, labelled, masked, step
 
 from llmft_nb import training
-from llmft_nb.data import TextDataLoader, TokenDataset
+from llmft_nb.data import TextDataLoader
 from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import read_rule
 from llmft_nb.last_block import AskedAttention, LastBlock, open_last_block
-from llmft_nb.modeling import LLMForCausalLM, TunableModel
+from llmft_nb.modeling import LLMForCausalLM
 from llmft_nb.rows import read_rows
 from llmft_nb.strategy import find_blocks, open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
@@ -71,14 +71,14 @@ def test_the_same_is_learnt(
         result = trainer.train(TextDataLoader(dataset, batch_size=8, shuffle=True))
         return [loss for _, loss in result.losses], list(model.parameters())
 
-    def noted(model: TunableModel, datasets: list[TokenDataset]) -> LastBlock | None:
-        opened.append(open_last_block(model, datasets))
+    def noted(*given: Any) -> LastBlock | None:
+        opened.append(open_last_block(*given))
         return opened[-1]
 
     monkeypatch.setattr(training, "open_last_block", noted)
     losses, weights = learnt()
     assert opened[0] is not None and (opened[0].n_narrow > 1)
-    monkeypatch.setattr(training, "open_last_block", lambda model, datasets: None)
+    monkeypatch.setattr(training, "open_last_block", lambda *_: None)
     plain_losses, plain = learnt()
     assert losses == pytest.approx(plain_losses, abs=1e-5)
     for one, other in zip(weights, plain, strict=True):

@@ -54,7 +54,7 @@ def trained(
 def test_kept_or_computed_the_same_is_learnt(
     kind: str, strategy: str, save_small: Callable[..., Path], one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "open_last_block", lambda model, datasets: None)  # test_last_block has both
+    monkeypatch.setattr(training, "open_last_block", lambda *_: None)  # test_last_block has both
     folder = save_small(kind)
     (kept, told), (computed, plain) = (trained(folder, strategy, gb) for gb in (4.0, 0.0))
     assert any(words.startswith("kept") for words in told.trunk), told.trunk

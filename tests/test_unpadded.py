@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,22 @@ from small_models import DECODERS, ENCODERS, MASKED, answering, labelled, masked
 from torch import nn
 
 from llmft_nb import training
-from llmft_nb.data import TextDataLoader, TextDataset, TokenDataset
+from llmft_nb.adapters import apply_strategy
+from llmft_nb.data import TextDataLoader, TextDataset
+from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.forwards import answer_through
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import predict_logits
 from llmft_nb.last_block import open_last_block
 from llmft_nb.line import into_line, into_rectangle, lay_out
-from llmft_nb.modeling import LLMForSequenceClassification, TunableModel, size_head
+from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, size_head
+from llmft_nb.prefixes import token_owners
+from llmft_nb.rows import read_rows
 from llmft_nb.strategy import find_blocks, open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
 from llmft_nb.unpadded import LinedAttention, Unpadded, open_unpadded
+
+DRAWING = ("GPT2",)  # They come with dropout
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -61,16 +67,18 @@ def test_loss_and_gradient_are_the_same(
 
     monkeypatch.setattr(LinedAttention, "narrow_mask", counted)
     lined_loss, lined = step(model, dataset)
+    layout = dataset.batch(range(len(dataset)))["layout"]
     unpadded.close()
     if last is not None:
         last.close()
-    layout = lay_out(dataset.read_lengths, int(dataset.lengths.max()))
-    assert layout is not None
+    n_lent = 0 if layout.lent is None else len(layout.lent.places)
+    assert unpadded.shares == (n_lent > 0) == (kind in DECODERS and kind not in DRAWING)
     n_unread = int((dataset.lengths - dataset.read_lengths).sum())
     assert n_unread == (len(dataset) if made is answering else 0), "nobody reads the token that ends an answer"
     n_narrow = 0 if last is None else last.n_narrow
     assert n_narrow == 1 or not narrow or made is not labelled
-    assert asked == [int(dataset.read_lengths.sum())] * (unpadded.n_blocks - n_narrow) * len(layout.groups)
+    n_own = int(dataset.read_lengths.sum()) - n_lent
+    assert asked == [n_own] * (unpadded.n_blocks - n_narrow) * len(layout.groups)
     assert lined_loss == pytest.approx(loss, abs=1e-5)
     assert len(gradient) == len(lined)
     for one, other in zip(gradient, lined, strict=True):
@@ -102,8 +110,8 @@ def test_the_same_is_learnt(
         result = trainer.train(TextDataLoader(dataset, batch_size=8, shuffle=True, window=8))
         return [loss for _, loss in result.losses], list(model.parameters())
 
-    def noted(model: TunableModel, datasets: Sequence[TokenDataset]) -> Unpadded | None:
-        opened.append(open_unpadded(model, datasets))
+    def noted(*given: Any) -> Unpadded | None:
+        opened.append(open_unpadded(*given))
         ask = LinedAttention.__torch_function__
 
         def counted(attention: LinedAttention, function: Any, *others: Any) -> Any:
@@ -114,10 +122,11 @@ def test_the_same_is_learnt(
         return opened[-1]
 
     if not narrow:
-        monkeypatch.setattr(training, "open_last_block", lambda model, datasets: None)
+        monkeypatch.setattr(training, "open_last_block", lambda *_: None)
     monkeypatch.setattr(training, "open_unpadded", noted)
     losses, weights = learnt()
     assert opened[0] is not None and (sum(lined) > 8 or strategy == "head")
+    assert opened[0].shares == (kind == "Llama")
     monkeypatch.setattr(training, "open_unpadded", lambda *_: None)
     plain_losses, plain = learnt()
     assert losses == pytest.approx(plain_losses, abs=1e-5)
@@ -256,3 +265,86 @@ def test_a_batch_can_be_moved() -> None:
     assert layout is not None
     moved = layout.to("meta", non_blocking=True)
     assert moved.rows.is_meta and moved.places.is_meta and all(group.inside.is_meta for group in moved.groups)
+
+
+def test_a_batch_that_shares_can_be_moved() -> None:
+    layout = lay_out([3, 3, 40], owners=np.array([[0] * 3, [0, 0, 1], [0, 2, 2]]))
+    assert layout is not None
+    moved = layout.to("meta")
+    lent = [one.lent for one in (moved, *moved.groups)]
+    assert all(one is not None and one.places.is_meta and one.lenders.is_meta for one in lent)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_beginning_has_one_place(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    rows = [
+        generator.integers(0, 3, size=int(generator.integers(1, 60))).tolist() for _ in range(generator.integers(2, 40))
+    ]
+    rows += [[*rows[0], 1, 2], rows[0], [*rows[0][:-1], 9]]
+    lengths = np.array([len(row) for row in rows])
+    beginnings = dict.fromkeys(tuple(row[: i + 1]) for row in rows for i in range(len(row)))
+    numbers = {beginning: number for number, beginning in enumerate(beginnings, 1)}
+    own = token_owners(rows, lengths) == np.arange(len(rows))[:, None]
+    assert own[np.arange(lengths.max()) < lengths[:, None]].sum() == len(beginnings), "each beginning once"
+    most = generator.integers(0, lengths)
+    owners = token_owners(rows, most)
+    lent = owners != np.arange(len(rows))[:, None]
+    assert (lent.sum(1) <= most).all()
+    layout = lay_out(lengths, owners=owners)
+    assert layout is not None and layout.lent is not None
+    assert len(layout.places) + len(layout.lent.places) == lengths.sum()
+    rectangle = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        for i in range(len(tokens)):
+            rectangle[row, i] = numbers[tuple(tokens[: i + 1])]
+    line = into_line(rectangle, layout.places)
+    assert torch.equal(into_rectangle(line, layout.places, layout.shape, layout.lent), rectangle)
+    start = 0
+    for group in layout.groups:
+        part, shape = line[start : start + len(group.inside)], (group.n_rows, group.width)
+        found = into_rectangle(part, group.inside, shape, group.lent, line)
+        assert torch.equal(found, rectangle[layout.rows[group.rows], : group.width])
+        start += len(part)
+    assert start == len(line)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_adapters_share_unless_something_is_drawn(dropout: float, save_small: Callable[..., Path]) -> None:
+    model, dataset = answering(save_small("Llama", attention_dropout=dropout))
+    apply_strategy(model, parse_strategy("lora:2"), 0)
+    stream = torch.get_rng_state()
+    unpadded = open_unpadded(model, [dataset])
+    assert unpadded is not None and unpadded.shares == (not dropout)
+    assert torch.equal(torch.get_rng_state(), stream)
+    unpadded.close()
+
+
+def test_rows_that_are_asked_alike_keep_their_places(save_small: Callable[..., Path]) -> None:
+    "Conversations with the same first answer: it is learnt in each of them."
+    folder = save_small("Llama")
+    model = LLMForCausalLM.from_pretrained(folder)
+    first = [{"role": "user", "content": "Is the shop open?"}, {"role": "assistant", "content": "It is open."}]
+    rows = [
+        {
+            "messages": [
+                *first,
+                {"role": "user", "content": "Until " + "late " * n},
+                {"role": "assistant", "content": "Yes"},
+            ]
+        }
+        for n in range(6)
+    ]
+    dataset = InstructDataset(check_instruct(read_rows(rows)), model.tokenizer, train_on="all")
+    loss, gradient = step(model, dataset)
+    unpadded = open_unpadded(model, [dataset])
+    assert unpadded is not None and unpadded.shares
+    unpadded.is_tried = True
+    found, lined = step(model, dataset)
+    layout = dataset.batch(range(6))["layout"]
+    unpadded.close()
+    asked = next(i for i, label in enumerate(dataset.tokens["labels"][0]) if label >= 0)
+    assert layout.lent is not None and len(layout.lent.places) == 5 * asked, "only what stands before the first answer"
+    assert found == pytest.approx(loss, abs=1e-5)
+    for one, other in zip(gradient, lined, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
