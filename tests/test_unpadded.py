@@ -14,6 +14,7 @@ from small_models import DECODERS, ENCODERS, MASKED, answering, labelled, masked
 from torch import nn
 
 from llmft_nb import training
+from llmft_nb import unpadded as unpadded_module
 from llmft_nb.adapters import apply_strategy
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
@@ -318,6 +319,17 @@ def test_adapters_share_unless_something_is_drawn(dropout: float, save_small: Ca
     assert unpadded is not None and unpadded.shares == (not dropout)
     assert torch.equal(torch.get_rng_state(), stream)
     unpadded.close()
+
+
+def test_who_reads_to_both_sides_is_found_out(save_small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    "A kind that nobody knows to read ahead, without dropout."
+    model, dataset = labelled(save_small("Bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    for knows in (True, False):
+        monkeypatch.setattr(unpadded_module, "reads_both_sides", lambda config, knows=knows: knows)
+        opened = open_unpadded(model, [dataset])
+        assert opened is not None and not opened.shares
+        opened.close()
+    assert dataset.lay_out is None
 
 
 def test_rows_that_are_asked_alike_keep_their_places(save_small: Callable[..., Path]) -> None:
