@@ -332,6 +332,19 @@ def test_who_reads_to_both_sides_is_found_out(save_small: Callable[..., Path], m
     assert dataset.lay_out is None
 
 
+def test_a_trial_that_fails_leaves_the_model_as_it_was(save_small: Callable[..., Path]) -> None:
+    model, dataset = labelled(save_small("Llama"))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    for place in (model, find_blocks(model.network)[1][0]):
+        hook = place.register_forward_pre_hook(fail)
+        assert open_unpadded(model, [dataset]) is None and open_last_block(model, [dataset]) is None
+        hook.remove()
+    assert dataset.lay_out is None and not any("forward" in vars(module) for module in model.modules())
+
+
 def test_rows_that_are_asked_alike_keep_their_places(save_small: Callable[..., Path]) -> None:
     "Conversations with the same first answer: it is learnt in each of them."
     folder = save_small("Llama")
