@@ -40,7 +40,7 @@ def shared_owners(
     most = (lengths - 1).tolist()
     if "labels" in columns:
         asked = (np.asarray(labels) != NO_TARGET for labels in columns["labels"])
-        most = [min(int(one.argmax()), end) if one.any() else end for one, end in zip(asked, most, strict=True)]
+        most = [min(int(one.argmax()), end) for one, end in zip(asked, most, strict=True)]
     owners = token_owners(rows, most)
     n_shared = int((owners != np.arange(len(rows))[:, None]).sum())
     return owners if n_shared > LEAST_SHARED * int(lengths.sum()) else None

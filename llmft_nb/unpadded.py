@@ -70,9 +70,7 @@ class LinedAttention(TorchFunctionMode):
             if is_causal or len(group.inside) == n_places:
                 return None
             there = torch.zeros(n_places, dtype=torch.bool, device=group.inside.device)
-            for places in (group.inside, *([group.lent.places] if group.lent else [])):
-                there.index_fill_(0, places, True)
-            return there.view(group.n_rows, 1, 1, group.width)
+            return there.index_fill_(0, group.inside, True).view(group.n_rows, 1, 1, group.width)
         mask = mask[..., : group.width, : group.width]
         return mask if len(mask) == 1 else mask[self.layout.rows[group.rows]]
 

@@ -24,7 +24,7 @@ from llmft_nb.inference import predict_logits
 from llmft_nb.last_block import open_last_block
 from llmft_nb.line import into_line, into_rectangle, lay_out
 from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, size_head
-from llmft_nb.prefixes import token_owners
+from llmft_nb.prefixes import shared_owners, token_owners
 from llmft_nb.rows import read_rows
 from llmft_nb.strategy import find_blocks, open_parts, parse_strategy
 from llmft_nb.training import LLMTrainer
@@ -330,6 +330,22 @@ def test_who_reads_to_both_sides_is_found_out(save_small: Callable[..., Path], m
         assert opened is not None and not opened.shares
         opened.close()
     assert dataset.lay_out is None
+
+
+def test_what_a_row_does_not_compute_is_not_lent() -> None:
+    "The token that ends the first row's answer is read by nobody; the second asks its question with it."
+    columns = {
+        "input_ids": [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]],
+        "labels": [[-100, -100, 4, -100], [-100] * 4 + [6, -100]],
+    }
+    owners = shared_owners(columns, np.array([3, 5]))
+    assert owners is not None and owners.tolist() == [[0] * 5, [0, 0, 0, 1, 1]]
+    layout = lay_out([3, 3], owners=np.array([[0, 0, 0], [0, 1, 1]]))
+    assert layout is not None
+    full = into_rectangle(torch.arange(5), layout.places, layout.shape, layout.lent)
+    assert full.tolist() == [[0, 1, 2], [0, 3, 4]], "rows without padding"
+    rows = [[1, *range(10 * row, 10 * row + 60)] for row in range(1, 9)]
+    assert shared_owners({"input_ids": rows}, np.full(8, 61)) is None, "one token in sixty is not worth it"
 
 
 def test_a_trial_that_fails_leaves_the_model_as_it_was(save_small: Callable[..., Path]) -> None:
