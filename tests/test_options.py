@@ -117,9 +117,12 @@ def test_a_step_in_the_backward_pass_is_the_same_step(strategy: str, save_small:
     assert_same_bits(tuned(labelled(folder), strategy, **IN_BACKWARD), plain)
 
 
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
-def test_a_step_in_the_backward_pass_with_a_tied_output(kind: str, save_small: Callable[..., Path]) -> None:
-    folder = save_small(kind, tie_word_embeddings=True)
+def test_a_step_in_the_backward_pass_of_a_model_that_writes(
+    kind: str, ties: bool, save_small: Callable[..., Path]
+) -> None:
+    folder = save_small(kind, tie_word_embeddings=ties)
     plain = tuned(answering(folder), max_grad_norm=0.0)
     found = tuned(answering(folder), **IN_BACKWARD, activation_checkpointing=True)
     for name, weight in plain[0].items():  # The tied gradient is added up in another order

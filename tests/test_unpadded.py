@@ -20,7 +20,7 @@ from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.forwards import answer_through
 from llmft_nb.hparams import TrainSettings
-from llmft_nb.inference import predict_logits
+from llmft_nb.inference import predict_logits, rows_to_try
 from llmft_nb.last_block import open_last_block
 from llmft_nb.line import into_line, into_rectangle, lay_out
 from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, size_head
@@ -346,6 +346,19 @@ def test_what_a_row_does_not_compute_is_not_lent() -> None:
     assert full.tolist() == [[0, 1, 2], [0, 3, 4]], "rows without padding"
     rows = [[1, *range(10 * row, 10 * row + 60)] for row in range(1, 9)]
     assert shared_owners({"input_ids": rows}, np.full(8, 61)) is None, "one token in sixty is not worth it"
+
+
+def test_rows_that_begin_alike_are_tried(save_small: Callable[..., Path]) -> None:
+    words = ["sea", "saw", "plum", "door", "box", "file", "pear", "gull", "tide"]
+    texts = [" ".join(words[(i + k) % 9] for k in range(4 + i)) for i in range(9)]
+    texts[3], texts[6] = "I saw it on the table again", "I saw it on the table by the river"
+    tokenizer = LLMForSequenceClassification.from_pretrained(save_small("Llama")).tokenizer
+    dataset = TextDataset([{"text": text} for text in texts], tokenizer, need_labels=False)
+    tried = rows_to_try(dataset)
+    assert {3, 6} <= set(tried) and len(tried) <= 5
+    of_tried = dataset.lengths[tried]
+    assert (of_tried.min(), of_tried.max()) == (dataset.lengths.min(), dataset.lengths.max())
+    assert rows_to_try(TextDataset([{"text": "sea"}], tokenizer, need_labels=False)) == [0]
 
 
 def test_a_trial_that_fails_leaves_the_model_as_it_was(save_small: Callable[..., Path]) -> None:

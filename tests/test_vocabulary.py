@@ -195,11 +195,24 @@ def test_a_matrix_in_blocks_has_the_same_gradient(
     assert not any("forward" in vars(module) for module in model.modules()) and not dataset.tells_targets
 
 
+def test_scores_that_are_capped_are_no_matrix_alone(save_small: Callable[..., Path]) -> None:
+    "A small model's scores are so small that a cap changes nothing in them yet."
+    model, dataset = answering(save_small("Llama"))
+    head = model.network.get_output_embeddings()
+    hook = head.register_forward_hook(lambda head, states, scores: 30 * torch.tanh(scores / 30))
+    assert open_loss_parts(model, dataset, TrainSettings()) is None and not dataset.tells_targets
+    hook.remove()
+    parts = open_loss_parts(model, dataset, TrainSettings())
+    assert parts is not None and parts.matrix is not None
+    parts.close()
+
+
 def test_two_losses_may_wait_for_their_way_back(save_small: Callable[..., Path]) -> None:
     model, dataset = answering(save_small("Llama"))
     plain = gradients(model, dataset)
     parts = open_loss_parts(model, dataset, TrainSettings(), True)
     assert parts is not None
+    gradients(model, dataset)  # After a step there is memory to be used again
     model.zero_grad()
     losses = list[torch.Tensor]()
     for part in (range(12), range(12, 24)):
