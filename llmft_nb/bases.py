@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'PAD_NAMES', 'END_NAMES', 'CatalogueModel', 'ModelSource', 'weight_files', 'read_licence', 'local_source',
-           'hub_source', 'find_model', 'model_languages', 'mend_tokenizer', 'quiet_loading', 'load_tokenizer',
-           'counted_weights', 'describe_model']
+           'hub_source', 'find_model', 'model_languages', 'reads_both_sides', 'mend_tokenizer', 'quiet_loading',
+           'load_tokenizer', 'counted_weights', 'describe_model']
 
 # %% ../nbs/02a_bases.ipynb #a84cfb75
 import contextlib
@@ -182,6 +182,15 @@ def model_languages(
             values = None
         named = values.get("language") if isinstance(values, dict) else None
     return [str(one) for one in ([named] if isinstance(named, str) else named or [])]
+
+# %% ../nbs/02a_bases.ipynb #02a0a011
+def reads_both_sides(
+    config: Any,  # Of a transformers model
+) -> bool:  # False of some that do
+    "Whether a model is of a kind that fills in words."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 # %% ../nbs/02a_bases.ipynb #4c023b6b
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from .bases import ModelSource, find_model, load_tokenizer, quiet_loading
+from .bases import ModelSource, find_model, load_tokenizer, quiet_loading, reads_both_sides
 from .core import UserError, probe_device, stream_seed
 from .tokens import special_ends
 
@@ -397,13 +397,12 @@ def model_family(
 ) -> str:  # "encoder" (sees both sides of a word) or "decoder" (sees its left side)
     "Whether a model reads to both sides or writes on."
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     try:
         config = AutoConfig.from_pretrained(source.location, revision=source.revision or None)
     except (OSError, ValueError) as error:
         raise UserError(f"its configuration cannot be read ({error})", where=source.location) from error
-    return "encoder" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
+    return "encoder" if reads_both_sides(config) else "decoder"
 
 # %% ../nbs/02b_modeling.ipynb #2b0f0a04
 def probe_ids(
