@@ -58,7 +58,7 @@ class _CostInBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, matrix: "OutputMatrix"
+        ctx: Any, states: torch.Tensor, anchor: torch.Tensor, targets: torch.Tensor, matrix: "OutputMatrix"
     ) -> torch.Tensor:
         weight, ctx.memory = matrix.weight.detach(), matrix.take(len(states) * len(matrix.weight))
         ctx.scores = ctx.memory[: len(states) * len(weight)].view(len(states), -1)
