@@ -42,7 +42,8 @@ class LinedAttention(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         asked = dict(zip(names, args, strict=False)) | (kwargs or {})
-        if len(asked["query"]) > 1:  # Rows that somebody has put into a rectangle already
+        n_tokens = len(self.layout.places)
+        if asked["query"].shape[0] > 1 or asked["query"].shape[-2] != n_tokens:  # Rows, or some places of one row
             return function(**asked)
         lines = [asked[name].squeeze(0).transpose(0, 1) for name in names[:3]]  # Shape (tokens, heads, width of one)
         sizes = [len(group.inside) for group in self.layout.groups]
