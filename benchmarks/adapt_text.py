@@ -84,9 +84,10 @@ def line(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def measure(args: argparse.Namespace, data: Path, out: Path) -> float:
     "Tune, print the figures; the share by which the perplexity fell."
-    from llmft_nb.finetune import finetune, make_task
+    from llmft_nb.finetune import finetune
     from llmft_nb.hparams import TrainSettings
     from llmft_nb.predict import task_model_class
+    from llmft_nb.tasks import make_task
 
     started = time.monotonic()
     base = task_model_class("text", args.model).from_pretrained(args.model)

@@ -6,8 +6,7 @@ Random weights in Qwen2.5's shapes, rows of 2,048 random tokens that are all lea
 weights in f32. Each contestant is a process of its own. Tokens a second are of the steps after the first four; the
 share of the peak is of bf16 matrix products measured in the same process, by six products for each token and weight of
 a linear layer, attention's own not counted, however often activations are computed. Memory is torch's peak of the
-timed steps beside what is predicted: 16 bytes a weight (or fewer, with the options that save them), 2 more for its copy
-in bf16, what one row keeps for the way back times the rows, and the largest scores of the loss. `--write` keeps the
+timed steps beside what the plan says of it, which needs neither weights nor device. `--write` keeps the
 table in `gpu.json` beside this file.
 
 Without a GPU, `--shapes tiny` goes through the same steps on a CPU; its figures mean nothing.
@@ -123,50 +122,21 @@ def random_rows(shape: str, n_rows: int, width: int) -> Any:
     return torch.randint(5, SHAPES[shape]["vocab_size"], (n_rows, width), generator=stream)
 
 
-def kept_bytes(model: Any, ids: Any) -> int:
-    "What the blocks keep of a row for the way back, beside weights and their copies."
-    import torch
+def predicted_bytes(model: Any, loader: Any, settings: Any) -> float:
+    "What the plan says of the peak of a step."
+    from llmft_nb.memory import plan_memory
+    from llmft_nb.rehearsal import Job
+    from llmft_nb.strategy import parse_strategy
 
-    weights = {weight.shape for weight in model.network.parameters()}
-    packed = dict[int, int]()
-
-    def pack(tensor: Any) -> Any:
-        if tensor.shape not in weights and tensor.shape[::-1] not in weights:
-            packed[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        states = model.network.base_model(input_ids=ids).last_hidden_state
-    del states
-    return sum(packed.values())
+    given = type(model), model.network.config, model.tokenizer, model.source, loader, settings
+    return plan_memory(Job(*given, parse_strategy("full"), kind=next(model.parameters()).device.type)).peak
 
 
-def predicted_bytes(model: Any, ids: Any, n_at_once: int, options: dict[str, Any]) -> float:
-    "The peak of a step."
-    from llmft_nb.vocabulary import MOST_SCORES
-
-    sizes = [weight.numel() for weight in model.network.parameters()]
-    gradients = 4 * (max(sizes) if options.get("step_in_backward") else sum(sizes))
-    states = (2 if options.get("optimizer") == "adamw8bit" else 8) * sum(sizes)
-    kept = kept_bytes(model, ids[:1].to(next(model.parameters()).device)) * n_at_once
-    if options.get("activation_checkpointing"):
-        kept /= model.network.config.num_hidden_layers / 2  # One block's, and what each is given
-    n_scores = min(MOST_SCORES, ids.shape[1] * n_at_once * model.network.config.vocab_size)
-    return (4 + 2) * sum(sizes) + gradients + states + kept + 3 * 4 * n_scores
-
-
-def ours(model: Any, ids: Any, batch_size: int, clock: Clock, options: dict[str, Any]) -> list[float]:
-    "LLMTrainer."
-    from llmft_nb.callbacks import Callback
+def own_loader(model: Any, ids: Any, batch_size: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    "Rows and settings of LLMTrainer."
     from llmft_nb.data import TextDataLoader, TokenDataset, token_table
     from llmft_nb.hparams import TrainSettings
     from llmft_nb.tokens import NO_TARGET, TokenRows
-    from llmft_nb.training import LLMTrainer
-
-    class Ticks(Callback):
-        def on_step(self, state: Any, values: Any) -> None:
-            clock.tick(state.step)
 
     rows = ids.tolist()
     encoded = TokenRows(rows, None, [len(row) for row in rows], [[*row[1:], NO_TARGET] for row in rows])
@@ -176,8 +146,21 @@ def ours(model: Any, ids: Any, batch_size: int, clock: Clock, options: dict[str,
         | {"micro_batch_tokens": batch_size * ids.shape[1], "schedule": "constant", "warmup_frac": 0.0}
         | options
     )
+    return TextDataLoader(dataset, batch_size=batch_size), settings
+
+
+def ours(model: Any, ids: Any, batch_size: int, clock: Clock, options: dict[str, Any]) -> list[float]:
+    "LLMTrainer."
+    from llmft_nb.callbacks import Callback
+    from llmft_nb.training import LLMTrainer
+
+    class Ticks(Callback):
+        def on_step(self, state: Any, values: Any) -> None:
+            clock.tick(state.step)
+
+    loader, settings = own_loader(model, ids, batch_size, options)
     trainer = LLMTrainer(model, settings=settings, callbacks=[Ticks()], log_every=clock.n_steps)
-    return [loss for _, loss in trainer.train(TextDataLoader(dataset, batch_size=batch_size)).losses]
+    return [loss for _, loss in trainer.train(loader).losses]
 
 
 def trainer(model: Any, ids: Any, batch_size: int, clock: Clock, options: dict[str, Any]) -> list[float]:
@@ -226,7 +209,7 @@ def one_run(shape: str, who: str, n_steps: int, batch_size: int, width: int) -> 
     linear = [module for module in model.network.modules() if isinstance(module, torch.nn.Linear)]
     n_weights = sum(layer.weight.numel() for layer in linear)
     options = {**OURS, **PEERS}[who]
-    predicted = predicted_bytes(model, ids, batch_size, options) if who in OURS else None
+    predicted = predicted_bytes(model, *own_loader(model, ids, batch_size, options)) if who in OURS else None
     clock = Clock(device, n_steps)
     losses = (ours if who in OURS else trainer)(model, ids, batch_size, clock, options)
     tokens_s = (n_steps - N_WARM) * batch_size * width / clock.seconds

@@ -65,9 +65,9 @@ def one_run(task_name: str, n_rows: int, n_steps: int) -> Run:
     "Some steps on so many rows, in this process."
     from llmft_nb.callbacks import Callback, TrainState
     from llmft_nb.data import TextDataLoader
-    from llmft_nb.finetune import make_task
     from llmft_nb.hparams import resolve_settings
     from llmft_nb.strategy import parse_strategy
+    from llmft_nb.tasks import make_task
     from llmft_nb.training import LLMTrainer
 
     class Clock(Callback):

@@ -34,7 +34,7 @@ def tokens_per_second(n_steps: int) -> float:
     dataset = InstructDataset(check_instruct(read_rows("pharmacy", columns)), model.tokenizer, max_length=512)
     loader, settings = TextDataLoader(dataset, batch_size=8, shuffle=True), TrainSettings(batch_size=8)
     optimizer = torch.optim.AdamW(parameter_groups(model.network, settings), fused=True)
-    prepared, plan = accelerator.prepare(model), StepPlan(settings, None)
+    prepared, plan = accelerator.prepare(model), StepPlan(settings, None, 16_384)
     started, n_tokens = 0.0, 0
     for step, rows in enumerate(loader.steps(0)[: n_steps + 5]):
         if step == 5:

@@ -14,12 +14,12 @@ from llmft_nb.adapters import apply_strategy
 from llmft_nb.bases import find_model, load_tokenizer, quiet_loading
 from llmft_nb.data import TextDataset, TokenDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
-from llmft_nb.finetune import make_task
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import predict_logits, row_losses
 from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.rows import Rows, read_rows
 from llmft_nb.strategy import parse_strategy
+from llmft_nb.tasks import make_task
 
 WARMUP, DECAY, MOST_NORM, WIDTH = 0.1, 0.01, 1.0, 256
 PROMPT = "Carry out what is asked below and answer with nothing else.\nAsked: {instruction}\nGiven: {input}\nAnswer:"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'UserError', 'Interrupted', 'get_logger', 'stream_seed', 'Device', 'machine_memory_bytes',
            'probe_device', 'sync_folder', 'write_atomic', 'sha256_file', 'sha256_json', 'RunRecord', 'finite',
-           'write_record', 'read_record', 'StepClock', 'assets_folder', 'measured']
+           'write_record', 'read_record', 'StepClock', 'cache_folder', 'assets_folder', 'measured']
 
 # %% ../nbs/00b_core.ipynb #eace380b
 import hashlib
@@ -175,6 +175,7 @@ class RunRecord:
     scores: dict[str, Any] = field(default_factory=dict)  # Validation and test scores, once there are any
     seconds: dict[str, float] = field(default_factory=dict)  # Seconds of each step
     environment: dict[str, Any] = field(default_factory=dict)  # Versions, device, threads
+    plan: dict[str, Any] = field(default_factory=dict)  # What was planned, and how far off it was; empty without one
     test_looks: int = 0  # How often the test split has been scored
     format_version: int = FORMAT_VERSION  # Raised when a reader of an older version would misread
 
@@ -244,6 +245,12 @@ class StepClock:
         self._name, self._since_s = name, moment_s
 
 # %% ../nbs/00b_core.ipynb #898856ec
+def cache_folder() -> Path:  # Perhaps not there yet
+    "Where measurements of this machine are kept: `$LLMFT_CACHE`, or the user's folder for such."
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LLMFT_CACHE") or Path(home) / "llmft_nb")
+
+
 def assets_folder() -> Path:  # The installed package's folder of models, data and page templates
     "Where the files shipped with the package lie."
     return Path(__file__).resolve().parent / "assets"

@@ -289,6 +289,11 @@ class Trial:
         with asking(self.model):
             return self.ask()
 
+    @cached_property
+    def rule(self) -> str:  # As `read_rule` tells it
+        "Which places of the last block's states the head reads."
+        return read_rule(self.model, self.dataset)
+
     def is_same(
         self,
         found: torch.Tensor,  # An answer

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .data import TokenDataset
 from .forwards import InUse, answer_through, see_batches
-from .inference import Trial, read_rule, shaped_like
+from .inference import Trial, shaped_like
 from .line import Layout, into_rectangle, places_in_line
 from .modeling import TunableModel
 from .strategy import find_blocks
@@ -137,7 +137,8 @@ class LastBlock(InUse):
         if self.places is None or 2 * self.places.numel() > n_rows * n_tokens:
             return forward(*arguments, **others)
         places, is_read = self.places.clamp(min=0), self.places >= 0
-        layout = self.layout if self.layout is not None and n_rows < len(places) else None
+        is_line = self.layout is not None and (n_rows, n_tokens) == (1, len(self.layout.places))
+        layout = self.layout if is_line else None
         where = places if layout is None else places_in_line(layout, places).view(1, -1)
         asked = AskedAttention(places, layout)
         try:
@@ -161,11 +162,10 @@ def open_last_block(
     trial: Trial | None = None,  # If there is one already
 ) -> LastBlock | None:  # To be closed afterwards; None where the block has to compute everything
     "Have the last block compute where it is read, if the model answers the same."
-    dataset = datasets[0]
+    asked = trial or Trial(model, datasets[0])
 
     def put() -> LastBlock | None:
-        rule = read_rule(model, dataset)
-        return LastBlock(model, rule, datasets) if rule else None
+        return LastBlock(model, asked.rule, datasets) if asked.rule else None
 
-    found: LastBlock | None = (trial or Trial(model, dataset)).keep_if_same(put)
+    found: LastBlock | None = asked.keep_if_same(put)
     return found

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from .bases import ModelSource, find_model, load_tokenizer, quiet_loading, reads_both_sides
+from .bases import ModelSource, base_config, find_model, load_tokenizer, quiet_loading, reads_both_sides
 from .core import UserError, probe_device, stream_seed
 from .tokens import special_ends
 
@@ -396,13 +396,7 @@ def model_family(
     source: ModelSource,  # Any model
 ) -> str:  # "encoder" (sees both sides of a word) or "decoder" (sees its left side)
     "Whether a model reads to both sides or writes on."
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.location, revision=source.revision or None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"its configuration cannot be read ({error})", where=source.location) from error
-    return "encoder" if reads_both_sides(config) else "decoder"
+    return "encoder" if reads_both_sides(base_config(source)) else "decoder"
 
 # %% ../nbs/02b_modeling.ipynb #2b0f0a04
 def probe_ids(

@@ -254,7 +254,7 @@ def task_model_class(
 ) -> type[TunableModel]:  # The class with the task's head
     "The model class of a task."
     if task == "text":
-        return LLMForMaskedLM if model_family(find_model(name)) == "encoder" else LLMForCausalLM
+        return LLMForMaskedLM if model_family(find_model(name, weights=False)) == "encoder" else LLMForCausalLM
     classes: dict[str, type[TunableModel]] = {
         "classify": LLMForSequenceClassification,
         "tag": LLMForTokenClassification,
@@ -262,7 +262,7 @@ def task_model_class(
     }
     if task not in classes:
         raise UserError("unknown task", where=f"task {task}", mend=f"choose {', '.join(classes)} or text")
-    if task == "instruct" and model_family(find_model(name)) == "encoder":
+    if task == "instruct" and model_family(find_model(name, weights=False)) == "encoder":
         raise UserError(
             "an encoder cannot write answers",
             where=f"model {name}",

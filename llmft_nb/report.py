@@ -25,6 +25,7 @@ from .movement import moved_words
 from llmft_nb.pages import (
     PLAIN_SCORES,
     SCORE_NAMES,
+    check_words,
     curve_svg,
     page_environment,
     percent,
@@ -272,6 +273,7 @@ def page_values(
         "further": further_scores(scores["test"]) if scores.get("test") else [],
         "forgetting": scores.get("forgetting"),
         "moved": moved_words((model.get("moved") or {}).get("whole", [])),
+        "planned": check_words((record.get("plan") or {}).get("checked") or {}),
         "lines": score_lines(scores["test"], name) if scores.get("test") else [],
         "question": {"before": "", "after": "", "expected": "", **question} if question else None,
         "curve": Markup(curve_svg(run.get("metrics", []), headline)),

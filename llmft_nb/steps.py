@@ -49,18 +49,21 @@ class StepPlan:
 
     settings: TrainSettings  # Sizes and seed
     class_weights: torch.Tensor | None  # Weight of each class on the device; None means 1
+    most_tokens: int  # Of a micro-batch, padding counted
 
 
 def plan_steps(
     settings: TrainSettings,  # Every number
     dataset: TokenDataset,  # Training rows
     device: torch.device,  # Where the steps are computed
+    kind: str = "",  # Of the device that they are to be those of, "cpu" or "cuda"; "": this one
 ) -> StepPlan:  # For all of them
-    "Weigh the classes, where that is asked for."
+    "Say how much is computed at once, and weigh the classes where that is asked for."
+    most_tokens = tokens_at_once(settings, kind or device.type)
     if settings.class_weights != "balanced" or not dataset.label_names:
-        return StepPlan(settings, None)
+        return StepPlan(settings, None, most_tokens)
     weights = balanced_class_weights(dataset.targets(range(len(dataset))), len(dataset.label_names))
-    return StepPlan(settings, torch.tensor(weights, device=device))
+    return StepPlan(settings, torch.tensor(weights, device=device), most_tokens)
 
 # %% ../nbs/06c_steps.ipynb #3cbc1b76
 def shares(
@@ -118,7 +121,7 @@ def backward_step(
     weights = plan.class_weights.tolist() if plan.class_weights is not None else None
     epoch = step // len(loader)
     divisor = loss_divisor(loader.dataset.targets(rows, epoch), weights)
-    at_once = settings.micro_batch_size, loader.dataset.lengths, tokens_at_once(settings, accelerator.device.type)
+    at_once = settings.micro_batch_size, loader.dataset.lengths, plan.most_tokens
     parts = shares(rows, accelerator.process_index, n_processes, *at_once)
     total = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(parts):

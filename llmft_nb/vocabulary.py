@@ -246,15 +246,17 @@ def open_loss_parts(
     writes: bool = False,  # Whether a gradient may be put where it belongs without autograd's knowledge
     trial: Trial | None = None,  # If there is one already
     most_scores: int = MOST_SCORES,  # At once
+    kind: str = "",  # Of the device that is meant, "cpu" or "cuda"; "": the model's
 ) -> LossInParts | None:  # To be closed afterwards; None where the model is as well left alone
     "Have a model answer with its loss where that takes less, and if the loss stays the same."
     output = model.network.get_output_embeddings() if isinstance(model, PositionModel) else None
     if dataset.label_names or output is None:
         return None
     place, n_tokens = next(model.parameters()).device, len(output.weight)
-    are_many = n_tokens * max(tokens_at_once(settings, place.type), int(dataset.lengths.max())) > most_scores
+    kind = kind or place.type
+    are_many = n_tokens * max(tokens_at_once(settings, kind), int(dataset.lengths.max())) > most_scores
     is_linear = type(output) is nn.Linear and output.bias is None
-    is_matrix = is_linear and place.type == "cpu" and output.weight.dtype == torch.float32
+    is_matrix = is_linear and kind == "cpu" and output.weight.dtype == torch.float32
     if not are_many and not is_matrix:
         return None
     trial, opened = trial or Trial(model, dataset), list[LossInParts]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from small import small_network, small_rows, write_jsonl
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+CACHE = tempfile.TemporaryDirectory(prefix="llmft-cache-")  # What is measured of this machine is forgotten
+os.environ["LLMFT_CACHE"] = CACHE.name
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Started in the background, a shell has it ignored
 
 

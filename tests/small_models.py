@@ -10,10 +10,10 @@ from torch import nn
 
 from llmft_nb.data import TextDataset, TokenDataset
 from llmft_nb.dialogues import InstructDataset, check_instruct
-from llmft_nb.finetune import make_task
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.modeling import LLMForCausalLM, LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.rows import read_rows
+from llmft_nb.tasks import make_task
 
 MASKED = ("Bert", "Roberta")
 ENCODERS = ("Bert", "Roberta", "DistilBert")

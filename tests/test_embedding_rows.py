@@ -11,15 +11,15 @@ import torch
 from small import small_rows
 from small_models import answering
 
-from llmft_nb import training
+from llmft_nb import opening
 from llmft_nb.callbacks import Callback, TrainState
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.embedding_rows import OccurringRows, OpenEmbedding, TiedRows, occurring_tokens, open_embedding
-from llmft_nb.finetune import make_task
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import predict_logits
 from llmft_nb.modeling import LLMForMaskedLM, LLMForSequenceClassification, TunableModel, size_head
 from llmft_nb.strategy import open_parts, parse_strategy
+from llmft_nb.tasks import make_task
 from llmft_nb.training import LLMTrainer
 
 UNTIED = ("Bert", "Roberta", "DistilBert", "GPT2", "Llama", "Gemma", "Phi")
@@ -67,10 +67,10 @@ def test_the_same_is_learnt(
         opened.append(open_embedding(*arguments))
         return opened[-1]
 
-    monkeypatch.setattr(training, "open_embedding", noted)
+    monkeypatch.setattr(opening, "open_embedding", noted)
     some, losses, _ = trained(folder, strategy)
     assert isinstance(opened[0], OccurringRows), type(opened[0])
-    monkeypatch.setattr(training, "open_embedding", lambda *arguments: OpenEmbedding())
+    monkeypatch.setattr(opening, "open_embedding", lambda *arguments: OpenEmbedding())
     every, plain, _ = trained(folder, strategy)
     assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in plain], abs=1e-5)
     ours, theirs = weights_of(some), weights_of(every)

@@ -125,7 +125,7 @@ def test_any_split_of_a_step_has_the_same_gradient(one_thread, kind, model_class
     found = []
     for n_at_once in (7, 3, 1):
         model.zero_grad()
-        plan = StepPlan(TrainSettings(batch_size=7, micro_batch_size=n_at_once), None)
+        plan = StepPlan(TrainSettings(batch_size=7, micro_batch_size=n_at_once), None, 4096)
         loss = backward_step(make_accelerator("f32"), model, loader, range(7), 0, plan)
         grads = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
         found.append((loss.item(), torch.cat(grads)))

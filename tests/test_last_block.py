@@ -11,7 +11,7 @@ import torch
 from small import small_rows
 from small_models import DECODERS, ENCODERS, MASKED, answering, labelled, masked, step
 
-from llmft_nb import training
+from llmft_nb import opening
 from llmft_nb.data import TextDataLoader
 from llmft_nb.dialogues import InstructDataset, check_instruct
 from llmft_nb.hparams import TrainSettings
@@ -75,10 +75,10 @@ def test_the_same_is_learnt(
         opened.append(open_last_block(*given))
         return opened[-1]
 
-    monkeypatch.setattr(training, "open_last_block", noted)
+    monkeypatch.setattr(opening, "open_last_block", noted)
     losses, weights = learnt()
     assert opened[0] is not None and (opened[0].n_narrow > 1)
-    monkeypatch.setattr(training, "open_last_block", lambda *_: None)
+    monkeypatch.setattr(opening, "open_last_block", lambda *_: None)
     plain_losses, plain = learnt()
     assert losses == pytest.approx(plain_losses, abs=1e-5)
     for one, other in zip(weights, plain, strict=True):

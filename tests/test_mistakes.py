@@ -451,6 +451,38 @@ def test_runs_and_models_mistakes(at_home: Path, wrong: Path) -> None:
         assert outcome.error["where"] and outcome.error["mend"]
 
 
+PLAN_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "unknown device": (["--device", "abacus"], ["unknown device", "device abacus", "H100"]),
+    "no size": (["--device-memory", "a lot"], ["not a size of memory", "24GB"]),
+    "no room for a row": (["--device-memory", "1MB"], ["not even one row fits", "1 MB", "needs", "smaller base"]),
+    "rows that were told do not fit": (
+        ["--device-memory", "24MB", "--micro-batch-size", "64", "--batch-size", "64"],
+        ["64 rows at once do not fit", "set micro_batch_size to"],
+    ),
+    "unknown distance": (["--distance", "there"], ["unknown distance", "near or far"]),
+    "energy of an unknown power": (["--price-kwh", "0.3"], ["power is not known", "--watts"]),
+    "unknown strategy": (["--strategy", "halves"], ["unknown strategy", "top:K"]),
+    "more blocks than there are": (["--strategy", "top:9"], ["this model has 2 blocks"]),
+    "no such model": (["--model", "{rows}/nothing/at/all"], ["no such model"]),
+    "no rows": (["--data", "{rows}/none.jsonl"], ["none.jsonl"]),
+    "unknown init": (["--init", "half"], ["unknown init", "random"]),
+}
+
+
+@pytest.mark.parametrize("name", PLAN_MISTAKES)
+def test_plan_mistakes(name: str, small_files: Path, small_model: Path, at_home: Path) -> None:
+    given, needles = PLAN_MISTAKES[name]
+    usual = ["--data", str(small_files / "train.jsonl"), "--model", str(small_model), "--precision", "f32"]
+    usual += [] if "--strategy" in given else ["--strategy", "full"]
+    outcome = llmft("plan", *usual, *(one.format(rows=small_files) for one in given), "--json")
+    assert outcome.status == 2, outcome
+    assert outcome.out == "" and "Traceback" not in outcome.err
+    message = " | ".join(outcome.error.values())
+    for needle in needles:
+        assert needle in message
+    assert outcome.error["where"] and outcome.error["mend"]
+
+
 # --- what is right ends with 0, and speaks JSON where asked ---
 
 
@@ -615,3 +647,16 @@ def test_odd_input_of_commands(small_run: Path, small_files: Path, tmp_path: Pat
 
     outcome = llmft("check", small_files / "train.jsonl", "--card", tmp_path / "no" / "such" / "card.md")
     assert outcome.status == 2 and "no/such" in outcome.err.replace("\n", "") and "check the path" in outcome.err
+
+
+def test_plan_speaks_json_and_draws(small_files: Path, small_model: Path, at_home: Path) -> None:
+    asked = ["--data", str(small_files / "train.jsonl"), "--model", str(small_model), "--precision", "f32"]
+    outcome = llmft("plan", *asked, "--out", "runs/later", "--picture", "plans.png", "--price-hour", "1.5", "--json")
+    assert outcome.status == 0, outcome
+    told = json.loads(outcome.out)
+    assert {line["strategy"] for line in told["plans"]} >= {"full", "top:2", "head", "lora:16"}
+    assert told["recommended"]["strategy"] in {line["strategy"] for line in told["plans"]}
+    assert all(line["price"] > 0 for line in told["plans"])
+    assert (at_home / "plans.png").stat().st_size > 5_000 and not (at_home / "runs").exists()
+    people = llmft("plan", *asked, "--strategy", "top:1")
+    assert people.status == 0 and "most is held in" in people.out and "top:1" in people.out

@@ -16,12 +16,13 @@ from small import small_config, small_rows, write_jsonl
 
 from llmft_nb.classify import ClassifyTask
 from llmft_nb.core import UserError
-from llmft_nb.finetune import TASKS, FinishedRun, evaluate_predictor, finetune, make_task
+from llmft_nb.finetune import FinishedRun, evaluate_predictor, finetune
 from llmft_nb.hparams import TrainSettings, head_lr, resolve_settings
 from llmft_nb.inference import head_inputs
 from llmft_nb.modeling import LLMForSequenceClassification
 from llmft_nb.predict import answer_words, load_predictor, open_chat
 from llmft_nb.strategy import parse_strategy
+from llmft_nb.tasks import TASKS, make_task
 
 PLACES = ["Kiel", "Norden", "Old Harbour", "New Mill", "Sandwick"]
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from small import small_rows
 
-from llmft_nb import training
+from llmft_nb import opening
 from llmft_nb.adapters import apply_strategy
+from llmft_nb.callbacks import TrainResult
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import pooled_features, predict_logits
 from llmft_nb.modeling import LLMForSequenceClassification, size_head
 from llmft_nb.strategy import PHASED, find_blocks, parse_strategy
-from llmft_nb.training import LLMTrainer, TrainResult
+from llmft_nb.training import LLMTrainer
 from llmft_nb.trunk_cache import Trunk, collect_states, open_trunk, trunk_keys
 from llmft_nb.trunk_states import TrunkStore
 
@@ -54,7 +55,7 @@ def trained(
 def test_kept_or_computed_the_same_is_learnt(
     kind: str, strategy: str, save_small: Callable[..., Path], one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "open_last_block", lambda *_: None)  # test_last_block has both
+    monkeypatch.setattr(opening, "open_last_block", lambda *_: None)  # test_last_block has both
     folder = save_small(kind)
     (kept, told), (computed, plain) = (trained(folder, strategy, gb) for gb in (4.0, 0.0))
     assert any(words.startswith("kept") for words in told.trunk), told.trunk

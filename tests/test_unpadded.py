@@ -13,7 +13,7 @@ import torch
 from small_models import DECODERS, ENCODERS, MASKED, answering, labelled, masked, step
 from torch import nn
 
-from llmft_nb import training
+from llmft_nb import opening
 from llmft_nb import unpadded as unpadded_module
 from llmft_nb.adapters import apply_strategy
 from llmft_nb.data import TextDataLoader, TextDataset
@@ -123,16 +123,33 @@ def test_the_same_is_learnt(
         return opened[-1]
 
     if not narrow:
-        monkeypatch.setattr(training, "open_last_block", lambda *_: None)
-    monkeypatch.setattr(training, "open_unpadded", noted)
+        monkeypatch.setattr(opening, "open_last_block", lambda *_: None)
+    monkeypatch.setattr(opening, "open_unpadded", noted)
     losses, weights = learnt()
     assert opened[0] is not None and (sum(lined) > 8 or strategy == "head")
     assert opened[0].shares == (kind == "Llama")
-    monkeypatch.setattr(training, "open_unpadded", lambda *_: None)
+    monkeypatch.setattr(opening, "open_unpadded", lambda *_: None)
     plain_losses, plain = learnt()
     assert losses == pytest.approx(plain_losses, abs=1e-5)
     for one, other in zip(weights, plain, strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize(("kind", "looks"), [("Llama", {}), ("Mistral", {"sliding_window": 8})])
+def test_a_step_of_one_row_with_an_answer(
+    kind: str, looks: dict[str, int], n_rows: int, save_small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learnt() -> list[float]:
+        model, dataset = answering(save_small(kind, **looks))
+        settings = TrainSettings(epochs=1, batch_size=n_rows, lr=1e-3, precision="f32")
+        trainer = LLMTrainer(model, settings=settings, callbacks=(), log_every=1)
+        return [loss for _, loss in trainer.train(TextDataLoader(dataset, batch_size=n_rows, shuffle=True)).losses]
+
+    losses = learnt()
+    monkeypatch.setattr(opening, "open_unpadded", lambda *_: None)
+    monkeypatch.setattr(opening, "open_last_block", lambda *_: None)
+    assert losses == pytest.approx(learnt(), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "GPT2", "Llama", "Gemma"])

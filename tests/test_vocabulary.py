@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import DECODERS, MASKED, answering, labelled, masked, step
 
-from llmft_nb import training, vocabulary
+from llmft_nb import opening, vocabulary
 from llmft_nb.data import TextDataLoader, TokenDataset
 from llmft_nb.embedding_rows import TiedRows, open_embedding
 from llmft_nb.hparams import TrainSettings
@@ -87,8 +87,8 @@ def test_the_same_is_learnt(
         result = trainer.train(TextDataLoader(dataset, batch_size=8, shuffle=True))
         return [loss for _, loss in result.losses], list(model.parameters())
 
-    def noted(*given: Any) -> LossInParts | None:
-        opened.append(open_loss_parts(*given, most_scores=most_scores))
+    def noted(*given: Any, **named: Any) -> LossInParts | None:
+        opened.append(open_loss_parts(*given, most_scores=most_scores, **named))
         return opened[-1]
 
     in_parts, apply = list[int](), getattr(vocabulary, way).apply
@@ -98,10 +98,10 @@ def test_the_same_is_learnt(
         return apply(*given)
 
     monkeypatch.setattr(getattr(vocabulary, way), "apply", counted)
-    monkeypatch.setattr(training, "open_loss_parts", noted)
+    monkeypatch.setattr(opening, "open_loss_parts", noted)
     losses, weights = learnt()
     assert opened[0] is not None and len(in_parts) > len(losses) / 2
-    monkeypatch.setattr(training, "open_loss_parts", lambda *_: None)
+    monkeypatch.setattr(opening, "open_loss_parts", lambda *_, **__: None)
     plain_losses, plain = learnt()
     assert losses == pytest.approx(plain_losses, abs=1e-5)
     for one, other in zip(weights, plain, strict=True):

@@ -31,6 +31,7 @@ NOTEBOOKS = ROOT / "nbs"
 SECONDS_FILE = ROOT / ".cache" / "notebook_seconds.json"
 SKIP_FLAGS = ("gpu", "slow", "hub")
 N_THREADS = "2"
+CACHE = tempfile.TemporaryDirectory(prefix="llmft-cache-")  # What is measured of this machine is forgotten
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import outputs as stored_outputs  # noqa: E402
@@ -192,6 +193,7 @@ def environment(**changes: str | None) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
     env["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     env["TOKENIZERS_PARALLELISM"] = "false"
+    env.setdefault("LLMFT_CACHE", CACHE.name)
     for name, value in changes.items():
         env.pop(name, None)
         if value is not None:
