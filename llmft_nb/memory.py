@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_ASKED', 'WORKSPACE', 'SLACK_SHARE', 'SLACK_BYTES', 'KERNELS', 'Piles', 'find_piles', 'few_layers',
-           'named_parts', 'extended', 'Depths', 'find_depths', 'micro_batches', 'heaviest_steps', 'MemoryPlan',
-           'slack_bytes', 'trunk_bytes', 'workspace_bytes', 'plan_memory', 'longest_rows', 'surely_fits',
+           'named_parts', 'extended', 'Depths', 'find_depths', 'micro_batches', 'looks_of', 'heaviest_steps',
+           'MemoryPlan', 'slack_bytes', 'trunk_bytes', 'workspace_bytes', 'plan_memory', 'longest_rows', 'surely_fits',
            'largest_micro_batch']
 
 # %% ../nbs/06g_memory.ipynb #06ec0004
@@ -19,7 +19,7 @@ import psutil
 from .hparams import tokens_at_once
 from .modeling import PositionModel
 from .rehearsal import Job, Notes, StepCount, count_steps, note_trials
-from .skeleton import layer_period, skeleton, with_layers
+from .skeleton import layer_period, with_layers
 from .steps import shares
 from .strategy import Strategy
 from .trunk_states import row_starts
@@ -138,8 +138,7 @@ def find_depths(
 ) -> Depths:  # Ready to be counted
     "Choose depths, and hold the trials of the shallowest."
     strategy, text = job.strategy, job.config.get_text_config()
-    given = job.model_class, job.config, job.tokenizer, job.source, job.dataset, strategy
-    period, piles = layer_period(skeleton(*given).network), find_piles(strategy, text.num_hidden_layers)
+    period, piles = layer_period(job.model().network), find_piles(strategy, text.num_hidden_layers)
     if strategy.pattern and any(sign.isdigit() for sign in strategy.pattern):
         period = 0
     lower = few_layers(piles.lower, 1 if piles.upper else 2, period) if piles.lower else [0]
@@ -166,6 +165,13 @@ def micro_batches(
     return found
 
 
+def looks_of(
+    lengths: np.ndarray,  # Tokens of each row of a rectangle, shape (N,)
+) -> float:  # Pairs of places, padding counted
+    "How many looks attention takes in each head."
+    return float(len(lengths) * lengths.max() ** 2) if len(lengths) else 0.0
+
+
 def heaviest_steps(
     job: Job,  # What is planned
     steps: Sequence[Sequence[Sequence[int]]],  # Row numbers of the micro-batches of each step
@@ -174,7 +180,7 @@ def heaviest_steps(
     lengths, dataset = job.dataset.lengths, job.dataset
     weighed: dict[str, Callable[[Sequence[int]], float]] = {
         "tokens": lambda part: float(dataset.read_lengths[part].sum()),
-        "looks": lambda part: float(len(part) * lengths[part].max() ** 2),
+        "looks": lambda part: looks_of(lengths[part]),
     }
     flat = [(number, list(part)) for number, step in enumerate(steps) for part in step if part]
     found: dict[tuple[int, ...], list[list[int]]] = {}
@@ -211,7 +217,7 @@ class MemoryPlan:
     @property
     def between_steps(self) -> float:  # In bytes
         "What is held when a step is done."
-        return self.count.weights + self.count.optimizer + self.count.others + self.trunk
+        return self.count.kept + self.trunk
 
     @property
     def where(self) -> str:  # One of the step's parts
@@ -233,7 +239,7 @@ def slack_bytes(
     "What lies in gaps between what comes and goes: measured on a CPU, with the allocator of GNU's library."
     if job.kind != "cpu":
         return 0.0
-    return SLACK_SHARE * (count.peak - count.weights - count.optimizer - count.others) + SLACK_BYTES
+    return SLACK_SHARE * (count.peak - count.kept) + SLACK_BYTES
 
 
 def trunk_bytes(
@@ -292,10 +298,9 @@ def surely_fits(
     "Whether rows fit even if all that a step holds grew with them, or with the square of their length."
     before, after = job.dataset.lengths[memory.parts[-1]], job.dataset.lengths[longest_rows(job, n_rows)]
     tokens = after.sum() / max(1, job.dataset.read_lengths[memory.parts[-1]].sum())
-    looks = len(after) * after.max() ** 2 / (len(before) * before.max() ** 2)
-    kept = memory.count.weights + memory.count.optimizer + memory.count.others
-    growing = memory.count.peak - kept + memory.slack
-    return bool(kept + growing * max(1.0, tokens, looks) + memory.workspace <= most_bytes)
+    looks = looks_of(after) / looks_of(before)
+    growing = memory.count.peak - memory.count.kept + memory.slack
+    return bool(memory.count.kept + growing * max(1.0, tokens, looks) + memory.workspace <= most_bytes)
 
 
 def largest_micro_batch(

@@ -24,7 +24,6 @@ from .hparams import TrainSettings, resolve_settings
 from .memory import Depths, MemoryPlan, find_depths, largest_micro_batch, longest_rows, plan_memory
 from .modeling import TunableModel
 from .rehearsal import Job
-from .skeleton import skeleton
 from .strategy import PHASED, parse_strategy
 from .tasks import make_task, stand_in
 from .timing import Measurements, TimePlan, plan_time
@@ -107,8 +106,7 @@ def plan_job(
         memory = plan_memory(depths.job, depths, n_further)
     time = plan_time(depths, memory, device, n_further, remembered, worth_s)
     plain = replace(job.strategy, kind=job.strategy.kind.removeprefix("q"))  # Packed weights are half as many bytes
-    given = job.model_class, job.config, job.tokenizer, job.source, job.dataset, plain
-    weights = list(skeleton(*given).parameters())
+    weights = list(job.model(strategy=plain).parameters())
     return Plan(
         strategy=str(job.strategy),
         settings=depths.job.settings,

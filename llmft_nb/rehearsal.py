@@ -62,6 +62,16 @@ class Job:
         here = probe_device()
         return here.precision == "bf16" if here.kind == self.kind else self.kind == "cuda"
 
+    def model(
+        self,
+        config: Any = None,  # Of a model of some of its layers, or a miniature; None: of the whole
+        strategy: Strategy | None = None,  # The job's, for a model of so many layers; None: as it is
+        seed: int | None = None,  # Of random weights; None: there are none
+    ) -> TunableModel:  # As a run makes it ready
+        "The model, or one of its make."
+        given = self.tokenizer, self.source, self.dataset, strategy or self.strategy
+        return skeleton(self.model_class, config or self.config, *given, seed=seed)
+
 # %% ../nbs/06f_rehearsal.ipynb #06eb000c
 @dataclass
 class Notes:
@@ -172,8 +182,7 @@ def note_trials(
     n_weights = sum(weight.numel() for weight in empty_network(job.model_class.kind, config).parameters())
     for tried in [config, miniature(config)] if n_weights <= MOST_WEIGHTS else [miniature(config)]:
         try:
-            given = job.model_class, tried, job.tokenizer, job.source, job.dataset, strategy
-            model = skeleton(*given, seed=0)
+            model = job.model(tried, strategy, seed=0)
             with ExitStack() as closing:
                 trial = NotedTrial(model, job.dataset)
                 open_model(model, [job.dataset], rehearsed(job.settings), closing, trial=trial, kind=job.kind)
@@ -208,6 +217,11 @@ class StepCount:
     def peak(self) -> float:  # In bytes
         "Most that the step holds at once."
         return max(self.peaks.values())
+
+    @property
+    def kept(self) -> float:  # In bytes
+        "What is held between two steps."
+        return self.weights + self.optimizer + self.others
 
 
 def watch_blocks(
@@ -265,10 +279,9 @@ class Stage:
         closing: ExitStack,  # What is opened here is closed with it
         device: torch.device | None = None,  # Where steps are computed really; None: they are counted
     ) -> None:
-        given = job.model_class, config, job.tokenizer, job.source, job.dataset, strategy
         self.job, self.device = job, device or torch.device("cpu")
         self.counter: StepCounter = FakeStep()
-        self.model = skeleton(*given, seed=None if device is None else 0).to(device or torch.device("meta"))
+        self.model = job.model(config, strategy, None if device is None else 0).to(device or torch.device("meta"))
         if device is None:
             closing.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             closing.enter_context(self.counter)

@@ -22,10 +22,9 @@ import torch
 
 from .core import cache_folder, get_logger, probe_device, sha256_json, write_atomic
 from .devices import DeviceSpec
-from .memory import Depths, MemoryPlan, micro_batches
+from .memory import Depths, MemoryPlan, looks_of, micro_batches
 from .phases import phase_end, plan_phases
 from .rehearsal import Job, Stage, StepCount
-from .skeleton import skeleton
 from .strategy import PHASED, find_blocks
 from .trunk_cache import frozen_blocks, trunk_levels
 from .trunk_states import row_starts
@@ -43,8 +42,7 @@ class Work:
         lengths: np.ndarray,  # Tokens of each row that are computed, shape (N,)
     ) -> float:  # Multiplications and additions
         "What a step with such rows multiplies."
-        looks = float(len(lengths) * lengths.max() ** 2) if len(lengths) else 0.0
-        return self.per_token * float(lengths.sum()) + self.per_look * looks
+        return self.per_token * float(lengths.sum()) + self.per_look * looks_of(lengths)
 
 
 def find_work(
@@ -54,7 +52,7 @@ def find_work(
 ) -> Work:  # Of any step
     "What a counted step says of others."
     rows = [job.dataset.read_lengths[part] for part in parts]
-    looks = sum(float(len(lengths) * lengths.max() ** 2) for lengths in rows)
+    looks = sum(map(looks_of, rows))
     n_tokens = float(sum(lengths.sum() for lengths in rows))
     return Work(count.products / max(1.0, n_tokens), count.attention / max(1.0, looks))
 
@@ -289,8 +287,7 @@ def phase_share(
     "What a mean step of a strategy of phases takes."
     if job.strategy.kind not in PHASED:
         return 1.0
-    given = job.model_class, job.config, job.tokenizer, job.source, job.dataset, job.strategy
-    network, n_steps = skeleton(*given).network, job.settings.epochs * len(job.loader)
+    network, n_steps = job.model().network, job.settings.epochs * len(job.loader)
     try:
         n_blocks = len(find_blocks(network)[1])
     except ValueError:
@@ -313,8 +310,7 @@ def trunk_seconds(
     job = depths.job
     if depths.notes.trunk_extra == "none" or not depths.piles.lower or job.strategy.kind in PHASED:
         return 0.0
-    given = job.model_class, job.config, job.tokenizer, job.source, job.dataset, job.strategy
-    blocks = find_blocks(skeleton(*given).network)[1][: depths.piles.lower]
+    blocks = find_blocks(job.model().network)[1][: depths.piles.lower]
     n_weights = sum(weight.numel() for block in blocks for weight in block.parameters() if weight.dim() > 1)
     return 2 * n_weights * n_tokens / rate
 

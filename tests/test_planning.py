@@ -95,7 +95,7 @@ def test_planned_as_the_allocator_says(kind: str, task: str, strategy: str, save
     assert len(depths.n_upper) + len(depths.n_lower) > 2 or strategy == "top:1"
     step = job.loader.steps(0)[0]
     _, counted = depths.count([[step], [step]])  # Memory of scores is kept from the first to the second
-    planned = counted.peak - counted.weights - counted.optimizer - counted.others
+    planned = counted.peak - counted.kept
     assert planned == pytest.approx(added_really(model, job, step), rel=0.05)
 
 
@@ -117,7 +117,7 @@ def test_options_are_planned(strategy: str, settings: dict[str, Any], save_small
         step[start : start + job.settings.micro_batch_size] for start in range(0, 16, job.settings.micro_batch_size)
     ]
     (counted,) = find_depths(job).count([parts])
-    planned = counted.peak - counted.weights - counted.optimizer - counted.others
+    planned = counted.peak - counted.kept
     assert planned == pytest.approx(added_really(model, job, step), rel=0.05)
 
 
