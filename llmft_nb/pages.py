@@ -177,7 +177,7 @@ def check_words(
     for name, title in QUANTITIES.items():
         one = checked.get(name)
         if one is not None:
-            off = "–" if one["off_by"] is None else f"{100 * one['off_by']:+.0f} %".replace("-", "−")
+            off = "–" if one["off_by"] is None else f"{round(100 * one['off_by']):+d} %".replace("-", "−")
             lines.append((title, words(name, one["planned"]), words(name, one["measured"]), off))
     return lines
 
