@@ -29,7 +29,7 @@ from .inference import head_inputs
 from .modeling import TunableModel
 from .movement import compare_models, moved_record
 from .plan_check import Meter, check_plan, plan_run
-from .planning import Plan, refuse_plan
+from .planning import Plan, chose_micro_batch, refuse_plan
 from .predict import Predictor, load_predictor
 from .report import write_report
 from .rows import read_rows
@@ -114,7 +114,7 @@ class Request:
 MEASURED_RATES = {"head": "lr", "head-then-full": "head_first_lr"}  # Strategy and which setting is measured on its rows
 
 
-PLANNED = ("micro_batch_size", "micro_batch_tokens")  # Settings that a plan lowers where memory is short
+PLANNED = "micro_batch_size"  # The setting that a plan lowers where memory is short
 
 
 def check_request(
@@ -139,7 +139,7 @@ def check_request(
     folder = Path(out) if out is not None else next_folder()
     earlier = prepare_folder(folder, resume)
     if earlier is not None:
-        for name in (*MEASURED_RATES.values(), *PLANNED):
+        for name in (*MEASURED_RATES.values(), PLANNED):
             if earlier.origins.get(name) in ("features", "plan") and origins[name] == "default":
                 settings = dataclasses.replace(settings, **{name: earlier.settings[name]})
                 origins[name] = earlier.origins[name]
@@ -170,21 +170,19 @@ def with_plan(
     valid: TokenDataset,  # Validation rows
 ) -> tuple[Request, Plan | None]:  # The same, but for the micro-batch where memory is short; and its plan, if any
     "Plan a run before its first step."
-    is_told = request.earlier is not None or any(request.origins[name] != "default" for name in PLANNED)
+    is_told = request.earlier is not None or chose_micro_batch(request.origins)
     plan = plan_run(model, train, valid, request.settings, request.choices["strategy"], is_told)
     if plan is None:
         return request, None
     logger = get_logger("finetune")
     if not plan.fits:
         logger.warning("%s", refuse_plan([plan], []))
-    changed = {name: getattr(plan.settings, name) for name in PLANNED}
-    if changed == {name: getattr(request.settings, name) for name in PLANNED}:
+    if plan.settings.micro_batch_size == request.settings.micro_batch_size:
         return request, plan
     words = "memory is short: %d rows of a step's %d are computed at once"
     logger.warning(words, plan.settings.micro_batch_size, plan.settings.batch_size)
-    settings = dataclasses.replace(request.settings, **changed)
-    origins = request.origins | dict.fromkeys(PLANNED, "plan")
-    return dataclasses.replace(request, settings=settings, origins=origins), plan
+    settings = dataclasses.replace(request.settings, micro_batch_size=plan.settings.micro_batch_size)
+    return dataclasses.replace(request, settings=settings, origins=request.origins | {PLANNED: "plan"}), plan
 
 # %% ../nbs/10a_finetune.ipynb #030afdf9
 def train_model(

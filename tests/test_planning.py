@@ -121,6 +121,26 @@ def test_options_are_planned(strategy: str, settings: dict[str, Any], save_small
     assert planned == pytest.approx(added_really(model, job, step), rel=0.05)
 
 
+def test_states_of_a_frozen_trunk_are_planned(small_model: Path) -> None:
+    def trunk(strategy: str, kind: str = "cpu", n_further: int = 0, **settings: Any) -> float:
+        job = job_of(small_model, "classify", strategy, **settings)[1]
+        return plan_memory(replace(job, kind=kind), n_further=n_further).trunk
+
+    _, job = job_of(small_model, "classify", "top:1")
+    n_tokens, width = int(job.dataset.lengths.sum()), job.config.hidden_size
+    assert trunk("top:1", n_further=100) == 4 * (n_tokens + 100) * width
+    assert trunk("head", n_further=100) == 4 * len(job.dataset) * width, "of a row the head reads one token"
+    assert trunk("full") == trunk("top:1", epochs=1) == trunk("top:1", trunk_gb=0.0) == trunk("top:1", "cuda") == 0
+
+
+def test_compiled_blocks_are_planned_with_their_padding(small_model: Path) -> None:
+    _, plain = job_of(small_model, "classify", "full")
+    step = [sorted(range(48), key=lambda row: plain.dataset.lengths[row])[place] for place in (0, 1, 2, 3, 47)]
+    compiled = replace(plain, settings=replace(plain.settings, compile=True))
+    few, many = (find_depths(job).count([[step]])[0].products for job in (plain, compiled))
+    assert many > 1.2 * few
+
+
 def test_a_pattern_of_layers_is_extended_whole(small_model: Path) -> None:
     from transformers import Gemma3TextConfig
 
