@@ -21,12 +21,12 @@ from .core import UserError, finite, measured
 from .data import TextDataLoader, TokenDataset
 from .devices import Cost, DeviceSpec, cost_of, find_device, size_words
 from .hparams import TrainSettings, resolve_settings
-from .memory import Depths, MemoryPlan, find_depths, largest_micro_batch, plan_memory
+from .memory import Depths, MemoryPlan, largest_micro_batch, plan_memory
 from .modeling import TunableModel
 from .rehearsal import Job
 from .strategy import PHASED, parse_strategy
 from .tasks import make_task, stand_in
-from .timing import Measurements, TimePlan, plan_time
+from .timing import Measurements, TimePlan, plan_time, remembered_memory
 from .weights import parse_init
 
 # %% ../nbs/09e_planning.ipynb #09ea0008
@@ -93,8 +93,7 @@ def plan_job(
     counted: tuple[Depths, MemoryPlan] | None = None,  # If they are known already
 ) -> Plan:  # Of one strategy
     "Plan a run."
-    prices, depths = prices or Prices(), counted[0] if counted else find_depths(job)
-    memory = counted[1] if counted else plan_memory(job, depths, n_further)
+    prices, (depths, memory) = prices or Prices(), counted or remembered_memory(job, n_further, remembered)
     largest = largest_micro_batch(depths, device.memory_bytes - memory.trunk, memory)
     if memory.resident > device.memory_bytes and largest and not is_told:
         settings = replace(depths.job.settings, micro_batch_size=largest)
@@ -263,7 +262,7 @@ class Asked:
         for one in strategies:
             with contextlib.suppress(UserError):
                 job = make_job(self.reader, self.config, self.train, self.resolve(one)[0], one, self.device)
-                peak = plan_memory(job, n_further=self.n_further).resident
+                peak = remembered_memory(job, self.n_further, self.remembered)[1].resident
                 found += [f"{one} ({size_words(peak)})"] if peak <= self.device.memory_bytes else []
         return found
 
@@ -276,8 +275,8 @@ class Asked:
         job = make_job(self.reader, self.config, self.train, settings, strategy, self.device)
         like = "full" if job.strategy.kind in PHASED else strategy
         if like not in self.counted:
-            depths = find_depths(replace(job, strategy=parse_strategy(like)))
-            self.counted[like] = depths, plan_memory(depths.job, depths, self.n_further)
+            full = replace(job, strategy=parse_strategy(like))
+            self.counted[like] = remembered_memory(full, self.n_further, self.remembered)
         depths, memory = self.counted[like]
         return plan_job(
             job,

@@ -15,7 +15,7 @@ from small import small_rows
 from small_models import LABELS
 from torch.profiler import ProfilerActivity, profile
 
-from llmft_nb import plan_check, planning
+from llmft_nb import plan_check, planning, timing
 from llmft_nb.adapters import apply_strategy
 from llmft_nb.bases import base_config
 from llmft_nb.callbacks import Callback
@@ -30,7 +30,7 @@ from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, Tuna
 from llmft_nb.rehearsal import Job, count_steps
 from llmft_nb.rows import read_rows
 from llmft_nb.strategy import parse_strategy
-from llmft_nb.timing import Measurements, Pace, plan_time
+from llmft_nb.timing import Measurements, Pace, plan_time, remembered_memory
 from llmft_nb.training import LLMTrainer
 
 DEEP = {"Bert": {"num_hidden_layers": 6}, "GPT2": {"n_layer": 6}, "Llama": {"num_hidden_layers": 6}}
@@ -245,10 +245,33 @@ def test_what_is_remembered_may_be_lost(tmp_path: Path) -> None:
     remembered = Measurements(tmp_path / "a_file" / "below")
     remembered.keep_pace("key", Pace(1.0, 2.0, "words"))
     assert remembered.pace("key") == Pace(1.0, 2.0, "words")
-    for damaged in ("{", "[]", '{"paces": {"key": {"start_s": 1}}, "ratios": {"run": ["much"]}}'):
+    strange = (
+        '{"counts": {"key": {"count": {}, "parts": 1}}, "paces": {"key": {"start_s": 1}}, "ratios": {"run": "a"}}'
+    )
+    for damaged in ("{", "[]", '{"paces": {}, "ratios": {}}', strange):
         (tmp_path / "measured.json").write_text(damaged, encoding="utf-8")
         found = Measurements(tmp_path)
-        assert found.pace("key") is None and found.correction("run") == 1.0
+        assert found.count("key") is None and found.pace("key") is None and found.correction("run") == 1.0
+
+
+def test_a_count_is_kept_for_the_same_step_alone(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, job = job_of(small_model, "classify", "full")
+    remembered, n_counted = Measurements(tmp_path), list[int]()
+    count = timing.count_heaviest
+    monkeypatch.setattr(timing, "count_heaviest", lambda depths: [n_counted.append(1), count(depths)][1])
+    first = remembered_memory(job, remembered=remembered)[1]
+    same = replace(job, settings=replace(job.settings, lr=1.0))
+    assert remembered_memory(same, remembered=Measurements(tmp_path))[1] == first and len(n_counted) == 1
+    fewer = TextDataLoader(TextDataset(small_rows(40), job.tokenizer, label_names=LABELS), batch_size=16, shuffle=True)
+    others = [replace(job, loader=fewer), replace(job, strategy=parse_strategy("top:1")), replace(job, kind="cuda")]
+    others += [replace(job, settings=replace(job.settings, batch_size=8))]
+    for one in others:
+        assert remembered_memory(one, remembered=remembered)[1].count == plan_memory(one).count
+    monkeypatch.setattr(timing, "code_fingerprint", lambda: "of another day")
+    remembered_memory(job, remembered=remembered)
+    assert len(n_counted) == 2 + len(others)
 
 
 def test_plan_takes_what_train_takes() -> None:
