@@ -4,26 +4,32 @@
 
 # %% auto #0
 __all__ = ['CUE', 'reading_facts', 'named_rows', 'label_costs', 'texts_of', 'zero_shot_score', 'probe_score', 'plain_share',
-           'ms_per_row', 'candidate_line', 'compare_bases', 'spread']
+           'ms_per_row', 'tuning_costs', 'candidate_line', 'compare_bases', 'spread']
 
 # %% ../nbs/09d_choosing.ipynb #9d000004
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .bases import CATALOGUE, ModelSource, load_tokenizer, model_languages
+from .bases import CATALOGUE, ModelSource, base_config, load_tokenizer, model_languages
 from .core import UserError
 from .data import TextDataset
+from .devices import this_device
+from .hparams import resolve_settings
 from .inference import pooled_features
-from .modeling import TunableModel, asking, model_family, position_limit
+from .modeling import LLMForSequenceClassification, TunableModel, asking, model_family, position_limit
 from .predict import task_model_class
+from .rehearsal import make_job
 from .rows import Rows
 from .scores import Score, majority_baseline, right_answers, score_share, tfidf_baseline
 from .splits import prepare_splits
+from .strategy import parse_strategy
+from .timing import plan_time, remembered_memory
 from .tokens import audit_tokens
 
 # %% ../nbs/09d_choosing.ipynb #9d000008
@@ -168,10 +174,28 @@ def ms_per_row(
     return 1000 * float(np.median(seconds[1:])) / len(dataset)
 
 
+def tuning_costs(
+    model: TunableModel,  # Any; its head is not used
+    rows: Rows,  # To be trained on
+    label_names: Sequence[str],  # Classes
+    max_length: int = 256,  # Most tokens of a row
+) -> dict[str, float]:  # "tune_gb" at the peak, and "tune_minutes"
+    "What a full tune with the settings as they come would take here."
+    source, full, device = model.source, parse_strategy("full"), this_device()
+    rate = CATALOGUE[source.name].lr if source.name in CATALOGUE else None
+    settings, _ = resolve_settings(full, model_lr=rate, arguments={"max_length": max_length})
+    dataset = TextDataset(rows, model.tokenizer, max_length=max_length, label_names=label_names)
+    job = make_job(model, base_config(source), dataset, settings, str(full), device)
+    depths, memory = remembered_memory(replace(job, model_class=LLMForSequenceClassification))
+    minutes = plan_time(depths, memory, device).total_s / 60
+    return {"tune_gb": round(memory.resident / 1e9, 2), "tune_minutes": round(minutes, 1)}
+
+
 def candidate_line(
     name: str | Path,  # Catalogue name, folder, or hub id with an optional "@revision"
     train: Rows,  # To fit the probe on
     asked: Rows,  # To put every candidate to
+    rows: Rows,  # To be trained on
     label_names: Sequence[str],  # Classes
     max_length: int = 256,  # Most tokens of a row
 ) -> dict[str, Any]:  # Facts and scores, by name
@@ -187,7 +211,8 @@ def candidate_line(
     if not model.head_is_random:
         zero_shot = plain_share(zero_shot_score(model, asked, label_names, max_length))
     scores = {"zero_shot": zero_shot, "probe": plain_share(probe)}
-    return line | facts | scores | {"ms_per_row": round(ms_per_row(model, train, max_length), 2)}
+    speed = {"ms_per_row": round(ms_per_row(model, train, max_length), 2)}
+    return line | facts | scores | speed | tuning_costs(model, rows, label_names, max_length)
 
 
 def compare_bases(
@@ -205,7 +230,8 @@ def compare_bases(
     if any(isinstance(row["label"], list) for row in splits.train):
         raise UserError("these rows have several labels each", where="data", mend="give rows with one label each")
     train, asked = (spread(rows, n) for rows, n in ((splits.train, n_train), (splits.valid, n_asked)))
-    lines = [candidate_line(name, train, asked, splits.label_names, max_length) for name in names or CATALOGUE]
+    given = train, asked, splits.train, splits.label_names, max_length
+    lines = [candidate_line(name, *given) for name in names or CATALOGUE]
     texts, labels = texts_of(train), [row["label"] for row in train]
     others = {
         "commonest answer": majority_baseline(labels, len(asked)),

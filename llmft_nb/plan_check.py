@@ -27,7 +27,8 @@ from .bases import base_config
 from .data import TokenDataset
 from .hparams import TrainSettings
 from .modeling import TunableModel
-from .planning import Plan, make_job, plan_job
+from .planning import Plan, plan_job
+from .rehearsal import make_job
 from .timing import Measurements
 
 # %% ../nbs/09f_plan_check.ipynb #09fa0008

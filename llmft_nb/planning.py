@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME', 'BY_SIZE', 'EACH', 'DRAWN', 'Prices', 'Plan', 'chose_micro_batch', 'plan_job', 'grid_accuracies', 'recommend',
-           'refuse_plan', 'Plans', 'device_settings', 'make_job', 'Asked', 'plan', 'draw_plans']
+           'refuse_plan', 'Plans', 'Asked', 'plan', 'draw_plans']
 
 # %% ../nbs/09e_planning.ipynb #09ea0004
 import contextlib
@@ -18,12 +18,12 @@ import numpy as np
 
 from .bases import CATALOGUE
 from .core import UserError, finite, measured
-from .data import TextDataLoader, TokenDataset
+from .data import TokenDataset
 from .devices import Cost, DeviceSpec, cost_of, find_device, size_words
 from .hparams import TrainSettings, resolve_settings
 from .memory import Depths, MemoryPlan, largest_micro_batch, plan_memory
 from .modeling import TunableModel
-from .rehearsal import Job
+from .rehearsal import Job, make_job
 from .strategy import PHASED, parse_strategy
 from .tasks import make_task, stand_in
 from .timing import Measurements, TimePlan, plan_time, remembered_memory
@@ -212,31 +212,6 @@ class Plans:
         plans = [plan.as_record() for plan in self.plans]
         record = {"device": device, **counts, "plans": plans, "refused": self.refused, "recommended": recommended}
         return dict(finite(record))
-
-
-def device_settings(
-    settings: TrainSettings,  # Every number
-    device: DeviceSpec,  # For which device
-) -> TrainSettings:  # With the precision that the device has, where it was left open
-    "Settings as a run would understand them on another device."
-    if settings.precision != "auto":
-        return settings
-    return replace(settings, precision="bf16" if device.bf16 else "f32")
-
-
-def make_job(
-    reader: TunableModel,  # Stands in for the model, or is it
-    config: Any,  # The model's
-    dataset: TokenDataset,  # Training rows
-    settings: TrainSettings,  # Every number
-    strategy: str,  # What may move
-    device: DeviceSpec,  # For which device
-) -> Job:  # What is planned
-    "What a run would be made of."
-    settings, sizes = device_settings(settings, device), {"seed": settings.seed, "window": settings.window}
-    loader = TextDataLoader(dataset, batch_size=settings.batch_size, shuffle=True, **sizes)
-    given = type(reader), config, reader.tokenizer, reader.source, loader, settings, parse_strategy(strategy)
-    return Job(*given, kind=device.kind)
 
 
 @dataclass(frozen=True)

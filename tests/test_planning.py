@@ -245,9 +245,7 @@ def test_what_is_remembered_may_be_lost(tmp_path: Path) -> None:
     remembered = Measurements(tmp_path / "a_file" / "below")
     remembered.keep_pace("key", Pace(1.0, 2.0, "words"))
     assert remembered.pace("key") == Pace(1.0, 2.0, "words")
-    strange = (
-        '{"counts": {"key": {"count": {}, "parts": 1}}, "paces": {"key": {"start_s": 1}}, "ratios": {"run": "a"}}'
-    )
+    strange = '{"counts": {"key": {"count": {}, "parts": 1}}, "paces": {"key": {"start_s": 1}}, "ratios": {"run": "a"}}'
     for damaged in ("{", "[]", '{"paces": {}, "ratios": {}}', strange):
         (tmp_path / "measured.json").write_text(damaged, encoding="utf-8")
         found = Measurements(tmp_path)
