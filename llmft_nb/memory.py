@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from torch import nn
 
 from .hparams import tokens_at_once
 from .modeling import PositionModel
@@ -101,6 +102,7 @@ class Depths:
     n_upper: list[int]  # The same for the upper pile
     period: int  # After how many layers the same ones come again
     notes: Notes  # Verdicts of trials
+    drops: bool = False  # Whether the model has dropout
 
     def layers(
         self,
@@ -138,12 +140,14 @@ def find_depths(
 ) -> Depths:  # Ready to be counted
     "Choose depths, and hold the trials of the shallowest."
     strategy, text = job.strategy, job.config.get_text_config()
-    period, piles = layer_period(job.model().network), find_piles(strategy, text.num_hidden_layers)
+    network, piles = job.model().network, find_piles(strategy, text.num_hidden_layers)
+    period = layer_period(network)
     if strategy.pattern and any(sign.isdigit() for sign in strategy.pattern):
         period = 0
     lower = few_layers(piles.lower, 1 if piles.upper else 2, period) if piles.lower else [0]
     upper = few_layers(piles.upper, 3, period) if piles.upper else [0]
-    found = Depths(job, piles, lower, upper, period, Notes([]))
+    drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in network.modules())
+    found = Depths(job, piles, lower, upper, period, Notes([]), drops)
     found.notes = note_trials(job, *found.layers(lower[0], upper[0]))
     return found
 
@@ -235,11 +239,12 @@ class MemoryPlan:
 def slack_bytes(
     job: Job,  # What is planned
     count: StepCount,  # Of a step
+    drops: bool = False,  # Whether the model has dropout
 ) -> float:  # 0 on a GPU, where what torch's allocator keeps can be used again by anybody
     "What lies in gaps between what comes and goes: measured on a CPU, with the allocator of GNU's library."
     if job.kind != "cpu":
         return 0.0
-    return SLACK_SHARE * (count.peak - count.kept) + SLACK_BYTES
+    return SLACK_SHARE[drops] * (count.peak - count.kept) + SLACK_BYTES
 
 
 def trunk_bytes(
@@ -257,7 +262,8 @@ def trunk_bytes(
 
 
 WORKSPACE = {"cpu": 0.0, "cuda": 34e6}  # cuBLAS: 32 MiB on Hopper, 8 before, of torch's allocator
-SLACK_SHARE, SLACK_BYTES = 0.6, 2e7  # Of what comes and goes in a step, and in any case
+SLACK_SHARE = {False: 0.6, True: 1.0}  # Of what comes and goes in a step, without dropout and with it
+SLACK_BYTES = 2e7  # In any case
 KERNELS = 0.6e9  # On a CPU in bf16 oneDNN writes kernels for each shape, and keeps them and their scratch memory
 
 
@@ -288,7 +294,7 @@ def plan_memory(
     "Count what a run holds."
     depths = depths or find_depths(job)
     count, parts = heaviest or count_heaviest(depths)
-    trunk, slack = trunk_bytes(job, depths.notes, n_further), slack_bytes(job, count)
+    trunk, slack = trunk_bytes(job, depths.notes, n_further), slack_bytes(job, count, depths.drops)
     return MemoryPlan(count, parts, workspace_bytes(job), trunk, slack)
 
 # %% ../nbs/06g_memory.ipynb #06ec001c
@@ -331,13 +337,13 @@ def largest_micro_batch(
 
     def fits(n_rows: int) -> bool:
         count = depths.count([parts(n_rows)])[0]
-        return count.peak + slack_bytes(job, count) <= free
+        return count.peak + slack_bytes(job, count, depths.drops) <= free
 
     is_full = memory is not None and len(memory.parts[-1]) == n_most and memory.resident - memory.trunk > most_bytes
     if not is_full and fits(n_most):
         return n_most
     few, more = depths.count([parts(1), parts(2)])
-    if few.peak + slack_bytes(job, few) > free:
+    if few.peak + slack_bytes(job, few, depths.drops) > free:
         return 0
     slopes = {part: more.peaks[part] - few.peaks[part] for part in few.peaks}
     rooms = [1 + (free - few.peaks[part]) / slope for part, slope in slopes.items() if slope > 0]

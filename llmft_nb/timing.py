@@ -140,7 +140,7 @@ def probe(
 
     lower, upper = depths.n_lower, depths.n_upper
     seconds = base = of(lower[0], upper[0])
-    if len(lower) > 1:
+    if len(lower) > 1 and depths.notes.trunk_extra == "none":  # States that are kept cost a step nothing
         seconds = seconds + (of(lower[1], upper[0]) - base) * (depths.piles.lower - lower[0]) / depths.period
     if len(upper) > 1:
         seconds = seconds + (of(lower[0], upper[1]) - base) * (depths.piles.upper - upper[0]) / depths.period
