@@ -1264,6 +1264,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmft_nb.timing.product_rate': ('timing.html#product_rate', 'llmft_nb/timing.py'),
                                  'llmft_nb.timing.remembered_memory': ('timing.html#remembered_memory', 'llmft_nb/timing.py'),
                                  'llmft_nb.timing.run_key': ('timing.html#run_key', 'llmft_nb/timing.py'),
+                                 'llmft_nb.timing.time_steps': ('timing.html#time_steps', 'llmft_nb/timing.py'),
+                                 'llmft_nb.timing.timed_depths': ('timing.html#timed_depths', 'llmft_nb/timing.py'),
                                  'llmft_nb.timing.trunk_seconds': ('timing.html#trunk_seconds', 'llmft_nb/timing.py')},
             'llmft_nb.tokens': { 'llmft_nb.tokens.TokenAudit': ('tokens.html#tokenaudit', 'llmft_nb/tokens.py'),
                                  'llmft_nb.tokens.TokenAudit.describe': ('tokens.html#tokenaudit.describe', 'llmft_nb/tokens.py'),

@@ -22,7 +22,7 @@ from .modeling import PositionModel
 from .rehearsal import Job, Notes, StepCount, count_steps, note_trials
 from .skeleton import layer_period, with_layers
 from .steps import shares
-from .strategy import Strategy
+from .strategy import ADAPTERS, Strategy
 from .trunk_states import row_starts
 
 # %% ../nbs/06g_memory.ipynb #06ec0008
@@ -239,12 +239,12 @@ class MemoryPlan:
 def slack_bytes(
     job: Job,  # What is planned
     count: StepCount,  # Of a step
-    drops: bool = False,  # Whether the model has dropout
+    drops: bool,  # Whether the model has dropout
 ) -> float:  # 0 on a GPU, where what torch's allocator keeps can be used again by anybody
     "What lies in gaps between what comes and goes: measured on a CPU, with the allocator of GNU's library."
     if job.kind != "cpu":
         return 0.0
-    return SLACK_SHARE[drops] * (count.peak - count.kept) + SLACK_BYTES
+    return SLACK_SHARE[job.strategy.kind in ADAPTERS, drops] * (count.peak - count.kept) + SLACK_BYTES
 
 
 def trunk_bytes(
@@ -262,8 +262,8 @@ def trunk_bytes(
 
 
 WORKSPACE = {"cpu": 0.0, "cuda": 34e6}  # cuBLAS: 32 MiB on Hopper, 8 before, of torch's allocator
-SLACK_SHARE = {False: 0.6, True: 1.0}  # Of what comes and goes in a step, without dropout and with it
-SLACK_BYTES = 2e7  # In any case
+SLACK_SHARE = {(False, False): 0.3, (True, False): 0.6, (False, True): 0.8, (True, True): 1.15}
+SLACK_BYTES = 2e7  # In any case; the share is of what comes and goes in a step, without and with adapters and dropout
 KERNELS = 0.6e9  # On a CPU in bf16 oneDNN writes kernels for each shape, and keeps them and their scratch memory
 
 

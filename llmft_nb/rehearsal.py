@@ -387,19 +387,13 @@ class Stage:
     def seconds(
         self,
         parts: Sequence[Sequence[int]],  # Row numbers of each micro-batch
-        n_times: int = 3,  # How often it is timed
-    ) -> float:  # The least of them, after two steps that are not timed
+    ) -> float:  # Seconds
         "Time a step."
-        for _ in range(2):  # The allocator finds memory, and kernels are chosen
-            self.step(parts)
-        found = list[float]()
-        for _ in range(n_times):
-            started_s = time.perf_counter()
-            self.step(parts)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - started_s)
-        return min(found)
+        started_s = time.perf_counter()
+        self.step(parts)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started_s
 
 # %% ../nbs/06f_rehearsal.ipynb #06eb0014
 def count_steps(
