@@ -16,7 +16,7 @@ import numbers
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,13 +64,16 @@ def read_rows(
     columns: Mapping[str, str] | None = None,  # Their column name and ours, e.g. {"question": "text"}
     split: str = "train",  # "train", "valid" or "test", where a source has several
     revision: str | None = None,  # Hub revision, where the name has none
+    aside: Callable[[Sequence[Problem]], None] | None = None,  # Takes what is damaged; None: damage is an error
 ) -> Rows:  # At least one row; any damaged line is a `UserError` that names it
     "Read rows from wherever they are."
     if isinstance(source, Rows):
         parsed, name = Parsed(source.rows, source.places), source.source
     else:
         parsed, name = parse_source(source, split, revision)
-    if parsed.problems:
+    if parsed.problems and aside is not None:
+        aside(parsed.problems)
+    elif parsed.problems:
         raise problems_error(parsed.problems, name, "mend these lines, or take them out")
     if not parsed.rows:
         raise UserError("there are no rows in it", where=name, mend="give a file with at least one row")
@@ -191,18 +194,21 @@ def check_classify(
     kinds = Counter(label_kind(row["label"]) for row in rows if need_labels and row.get("label") is not None)
     kind = kinds.most_common(1)[0][0] if kinds else ""
     many = multi_label if multi_label is not None else kind == "list"
-    problems, checked = [], []
+    problems, checked, known = [], [], dict[str, Any]()
     for row, place in zip(rows.rows, rows.places, strict=True):
         found = {name: text_problem(row, name) for name in ("text", "text_pair")}
         others = {"messages", "tokens", "prompt"} | ({"text_pair"} if not row.get("text_pair") else set())
         clean = {key: value for key, value in row.items() if key not in others}
         if need_labels:
             try:
-                clean["label"] = allowed_label(row.get("label"), kind, many, label_names)
+                label = allowed_label(row.get("label"), kind, many, label_names)
+                clean["label"] = label if many else known.setdefault(str(label), label)  # One object for each name
             except ValueError as error:
                 found["label"] = str(error)
         problems += [Problem(f"{place}:{name}", f"{name} {reason}") for name, reason in found.items() if reason]
-        checked.append(clean)
+        if clean == row:
+            row.update(clean)
+        checked.append(row if clean == row else clean)
     if problems:
         counts = Counter(problem.place.rpartition(":")[2] for problem in problems)
         noun = f"fields are wrong ({', '.join(f'{name}: {n:,}' for name, n in counts.items())})"

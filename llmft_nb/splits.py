@@ -15,6 +15,7 @@ from typing import Any
 
 from .core import UserError, get_logger
 from .cleaning import CleaningReport, clean, without_leaks
+from .rejects import Rejects, sound_rows
 from llmft_nb.rows import (
     LeakReport,
     Rows,
@@ -98,9 +99,12 @@ def prepare_splits(
     seed: int = 0,  # Of the rows carved
     held_out_frac: float = 0.1,  # Share carved for each
     task: TaskRows = CLASSIFY,  # What the task asks of its rows
+    rejects: Rejects | None = None,  # Takes damaged rows; None: they are an error
 ) -> Splits:  # Every row checked
     "Read, check and split; leaks are found across splits."
-    train = all_train = task.check(read_rows(data, columns), None, None)
+    aside = rejects.take if rejects is not None else None
+    read = read_rows(data, columns, aside=aside)
+    train = all_train = sound_rows(read, lambda rows: task.check(rows, None, None), rejects)
     names, carved, held_out = task.find_names(train), [], {}
     for name, given in (("test", test), ("valid", valid)):
         source = data if given is None and name in own_splits(data) else given
@@ -109,7 +113,8 @@ def prepare_splits(
             carved.append(name)
         else:
             split = name if name in own_splits(source) else "train"
-            rows = task.check(read_rows(source, columns, split=split), names or None, all_train)
+            read = read_rows(source, columns, split=split, aside=aside)
+            rows = sound_rows(read, lambda rows: task.check(rows, names or None, all_train), rejects)
         held_out[name] = rows
     train, report = without_leaks(train, held_out, leaks)
     if report.n_left_out:
@@ -166,15 +171,18 @@ def survey_rows(
     task: TaskRows = CLASSIFY,  # What the task asks of its rows
     name: str = "classify",  # The task's name
     suspects: bool = False,  # Whether to look for labels that are probably wrong, which takes the longest
+    rejects: Rejects | None = None,  # Takes damaged rows; None: they are an error
 ) -> tuple[dict[str, str], CleaningReport]:  # Findings by name, for people, and all that was found
     "Read and check rows and say what is worth knowing before a run."
-    train = task.check(read_rows(sources[0], columns), None, None)
+    aside = rejects.take if rejects is not None else None
+    train = sound_rows(read_rows(sources[0], columns, aside=aside), lambda rows: task.check(rows, None, None), rejects)
     names = task.find_names(train)
     held_out = {}
     for source, called in zip(sources[1:], different_names([describe_source(source) for source in sources[1:]])):
         own = own_splits(source)
         split = next((split for split in ("test", "valid", "train") if split in own), "test")
-        held_out[called] = task.check(read_rows(source, columns, split=split), names or None, train)
+        read = read_rows(source, columns, split=split, aside=aside)
+        held_out[called] = sound_rows(read, lambda rows: task.check(rows, names or None, train), rejects)
     report = clean(train, held_out, name, suspects=suspects)
     counts = Counter(label for row in train for label in row_labels(row))
     findings = report.findings()
@@ -182,4 +190,6 @@ def survey_rows(
         rarest, commonest = min(names, key=counts.__getitem__), max(names, key=counts.__getitem__)
         labels = f"{len(names)}; {commonest} {counts[commonest]:,} times, {rarest} {counts[rarest]:,} times"
         findings = {"rows": findings.pop("rows"), "labels": labels, **findings}
+    if rejects:
+        findings = {"rows": findings.pop("rows"), "set aside": rejects.describe(), **findings}
     return findings, report

@@ -21,6 +21,7 @@ from .hparams import TrainSettings
 from .modeling import TunableModel, check_looks_back, size_head
 from .optimizers import check_eight_bit
 from .predict import Predictor, answer_words, task_model_class
+from .rejects import Rejects
 from .rows import LeakReport, Rows, read_rows
 from .splits import CLASSIFY, Splits, TaskRows, describe_source, find_licence, find_notice, prepare_splits
 from .strategy import parse_strategy
@@ -50,10 +51,12 @@ class Task:
         *,
         columns: Mapping[str, str] | None,  # Their column names to ours
         leaks: str,  # "drop", "error" or "allow"
+        rejects: Rejects | None = None,  # Takes damaged rows; None: they are an error
     ) -> Splits:  # Checked rows for the three purposes
         "Step 1."
         seed = self.settings.seed
-        return prepare_splits(data, valid, test, columns=columns, leaks=leaks, seed=seed, task=self.rows)
+        options: dict[str, Any] = {"columns": columns, "leaks": leaks, "rejects": rejects}
+        return prepare_splits(data, valid, test, seed=seed, task=self.rows, **options)
 
     def build(
         self,

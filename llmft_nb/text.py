@@ -23,6 +23,7 @@ from .inference import row_losses
 from .modeling import TunableModel, asking, first_position, probe_ids, rounding_of
 from .objectives import bits_per_byte
 from .resampling import PERPLEXITY, paired_permutation, perplexity_score
+from .rejects import Rejects
 from .rows import Rows, check_classify
 from .splits import TaskRows, describe_source, find_licence, find_notice, own_splits
 from .streams import TextPart, TextSplits, split_texts, stream_texts, text_hash
@@ -51,6 +52,7 @@ def stream_splits(
     columns: Mapping[str, str] | None = None,  # Their column names to ours
     leaks: str = "drop",  # "drop" or "allow" training texts that are held out too; "error" refuses them
     seed: int = 0,  # Of what is carved
+    rejects: Rejects | None = None,  # Takes damaged texts; None: they are an error
 ) -> StreamSplits:  # Nothing is read yet but what is held out
     "Find texts for the three purposes."
     if leaks not in {"drop", "error", "allow"}:
@@ -62,6 +64,8 @@ def stream_splits(
         for name, given in sources.items()
         if given is not None
     }
+    for texts in streams.values():
+        texts.aside = rejects.take if rejects is not None else None
     parts: TextSplits = split_texts(streams["train"], streams.get("valid"), streams.get("test"), seed=seed)
     if leaks == "allow":
         parts.train.left_out = frozenset()
@@ -134,9 +138,10 @@ class TextTask(Task):
         *,
         columns: Mapping[str, str] | None,  # Their column names to ours
         leaks: str,  # "drop", "error" or "allow"
+        rejects: Rejects | None = None,  # Takes damaged texts; None: they are an error
     ) -> Any:  # A `StreamSplits`
         "Step 1."
-        return stream_splits(data, valid, test, columns=columns, leaks=leaks, seed=self.settings.seed)
+        return stream_splits(data, valid, test, columns=columns, leaks=leaks, seed=self.settings.seed, rejects=rejects)
 
     def data_record(
         self,
