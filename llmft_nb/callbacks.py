@@ -50,6 +50,7 @@ class TrainResult:
     resumed_from: int  # Step the run went on from; 0 where it began anew
     moved: tuple[dict[str, Any], ...] = ()  # What the first step of each phase moved: "step" and "parts"
     trunk: tuple[str, ...] = ()  # What was kept of a frozen trunk in each phase, in words
+    notes: tuple[str, ...] = ()  # What a reader of the result has to know: memory that fell short, other settings
 
 # %% ../nbs/06c_callbacks.ipynb #c84c932f
 class Callback:

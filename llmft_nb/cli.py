@@ -63,6 +63,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder; else the next under runs/.")] = None,
     columns: Annotated[list[str] | None, typer.Option(help="theirs=ours, e.g. question=text.")] = None,
     leaks: Annotated[str | None, typer.Option(help="drop, error or allow.")] = None,
+    bad_rows: Annotated[
+        str | None, typer.Option(help="error, or quarantine: copy them to rejects.jsonl and go on.")
+    ] = None,
     prompt_template: Annotated[
         str | None, typer.Option(help="A prompt of columns, e.g. '{instruction} {input}'.")
     ] = None,
@@ -70,6 +73,9 @@ def train(
     question: Annotated[str | None, typer.Option(help="A text to ask before and after.")] = None,
     general: Annotated[str | None, typer.Option(help="Texts to measure forgetting on; else some that ship.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="With --resume: what may differ from before, by name, e.g. lr.")
+    ] = None,
     trackers: Annotated[list[str] | None, typer.Option(help="accelerate's trackers, e.g. tensorboard.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML or JSON with the flags' names; a flag wins.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.")] = None,
@@ -173,7 +179,7 @@ def plan(
         values, settings = merge_config(given, given.pop("config"))
         if values["data"] is None:
             raise UserError("no training rows are named", where="data", mend="give --data, or data in --config")
-        for name in ("out", "resume", "question", "general", "trackers"):  # What a run does beside training
+        for name in ("out", "resume", "allow", "question", "general", "trackers"):  # What a run does beside training
             values.pop(name)
         values["columns"] = parse_columns(values["columns"])
         from llmft_nb import planning
@@ -303,6 +309,8 @@ def check(
     label_errors: Annotated[
         bool, typer.Option("--label-errors", help="Look for labels that are probably wrong.")
     ] = False,
+    bad_rows: Annotated[str, typer.Option(help="error, or quarantine: look at the others.")] = "error",
+    rejects: Annotated[Path | None, typer.Option(help="Copy damaged rows with their reasons to this file.")] = None,
     card: Annotated[Path | None, typer.Option(help="Write a data card (Markdown) to this file.")] = None,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
@@ -314,10 +322,15 @@ def check(
         from llmft_nb.core import write_atomic
         from llmft_nb.tasks import make_task
         from llmft_nb.hparams import TrainSettings
+        from llmft_nb.rejects import rejects_of
         from llmft_nb.splits import survey_rows
 
         asked = make_task(task, TrainSettings(), {"prompt_template": prompt_template} if prompt_template else {})
-        findings, report = survey_rows(data, parse_columns(columns), task=asked.rows, name=task, suspects=label_errors)
+        aside = rejects_of("quarantine" if rejects is not None else bad_rows)
+        options: dict[str, Any] = {"task": asked.rows, "name": task, "suspects": label_errors, "rejects": aside}
+        findings, report = survey_rows(data, parse_columns(columns), **options)
+        if rejects is not None and aside:
+            aside.write(rejects)
         if card is not None:
             write_atomic(card, data_card(report, Path(data[0]).name))
         if as_json:

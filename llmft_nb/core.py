@@ -189,6 +189,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)  # Seconds of each step
     environment: dict[str, Any] = field(default_factory=dict)  # Versions, device, threads
     plan: dict[str, Any] = field(default_factory=dict)  # What was planned, and how far off it was; empty without one
+    notes: list[str] = field(default_factory=list)  # What a reader of the scores has to know
     test_looks: int = 0  # How often the test split has been scored
     format_version: int = FORMAT_VERSION  # Raised when a reader of an older version would misread
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from .bases import CATALOGUE
 from .callbacks import Callback, ProgressBar, TrainResult
-from .checkpoint import check_fingerprint
+from .checkpoint import check_allowed, check_fingerprint
 from .core import Interrupted, RunRecord, StepClock, UserError, get_logger, write_record
 from .data import TextDataLoader, TextDataset, TokenDataset
 from .forgetting import general_texts, measure_forgetting
@@ -31,9 +31,10 @@ from .movement import compare_models, moved_record
 from .plan_check import Meter, check_plan, plan_run
 from .planning import Plan, chose_micro_batch, refuse_plan
 from .predict import Predictor, load_predictor
+from .rejects import Rejects, rejects_of
 from .report import write_report
 from .rows import read_rows
-from .runs import describe_environment, keep_adapters, next_folder, prepare_folder, save_answers, save_model
+from .runs import claim_folder, describe_environment, keep_adapters, prepare_folder, save_answers, save_model
 from .splits import Splits
 from .steps import make_accelerator
 from .strategy import parse_strategy
@@ -108,6 +109,7 @@ class Request:
     choices: dict[str, str]  # "task", "strategy", "init", and "prompt_template" and "system" where given
     resume: bool  # Go on with the run in the folder
     earlier: RunRecord | None  # Its record, if there is one
+    allow: tuple[str, ...] = ()  # Names of what may differ from the run that is gone on with
     reading: dict[str, Any] = field(default_factory=dict)  # How the rows are read: "columns" and "policy"
 
 # %% ../nbs/10a_finetune.ipynb #b094669c
@@ -120,10 +122,11 @@ PLANNED = "micro_batch_size"  # The setting that a plan lowers where memory is s
 def check_request(
     choices: dict[str, str],  # "task", "strategy", "init", and "prompt_template" and "system" where given
     model: str | Path,  # Catalogue name, folder or hub id
-    out: str | Path | None,  # The run's folder; None: the next number under "runs"
-    resume: bool,  # Go on with the run in `out`
+    folder: Path,  # The run's, held by it
+    resume: bool,  # Go on with the run there
     config: Mapping[str, Any] | None,  # Settings read from a file
     arguments: Mapping[str, Any],  # Settings from the caller
+    allow: Sequence[str] = (),  # Names of what may differ from the run that is gone on with
 ) -> Request:  # Ready to be carried out
     "Understand what was asked for, before anything is read or loaded."
     if choices["task"] not in TASKS:
@@ -134,9 +137,6 @@ def check_request(
     settings, origins = resolve_settings(
         strategy, task=choices["task"], model_lr=model_lr, config=config, arguments=arguments
     )
-    if resume and out is None:
-        raise UserError("which run is to go on?", where="resume", mend="name its folder with --out")
-    folder = Path(out) if out is not None else next_folder()
     earlier = prepare_folder(folder, resume)
     if earlier is not None:
         for name in (*MEASURED_RATES.values(), PLANNED):
@@ -144,8 +144,8 @@ def check_request(
                 settings = dataclasses.replace(settings, **{name: earlier.settings[name]})
                 origins[name] = earlier.origins[name]
         present = asdict(settings) | {name: value for name, value in choices.items() if name != "task"}
-        check_fingerprint(earlier.settings, present, allow=["save_every"])
-    return Request(folder, model, settings, origins, choices, resume, earlier)
+        check_fingerprint(earlier.settings, present, allow=["save_every", *check_allowed(allow, vars(settings))])
+    return Request(folder, model, settings, origins, choices, resume, earlier, tuple(allow))
 
 # %% ../nbs/10a_finetune.ipynb #10a0c002
 def with_measured_rate(
@@ -217,7 +217,7 @@ def train_model(
         train, batch_size=settings.batch_size, shuffle=True, seed=settings.seed, window=settings.window
     )
     try:
-        return trainer.train(loader, resume=request.resume)
+        return trainer.train(loader, resume=request.resume, allow=request.allow)
     except Interrupted:
         write_record(request.folder, dataclasses.replace(record, status="interrupted"))
         raise
@@ -240,9 +240,8 @@ def open_record(
 ) -> None:
     "Write a new run's record; of a run that goes on, see that rows and model are the same."
     if request.earlier is not None:
-        check_fingerprint(request.earlier.fingerprint, record.fingerprint)
+        check_fingerprint(request.earlier.fingerprint, record.fingerprint, request.allow)
         return
-    request.folder.mkdir(parents=True, exist_ok=True)
     write_record(request.folder, record)
 
 # %% ../nbs/10a_finetune.ipynb #953c7531
@@ -301,6 +300,7 @@ def carry_out(
     callbacks: Sequence[Callback] | None,  # None: a progress bar on terminals
     trackers: Sequence[str],  # Names of accelerate's trackers
     trunks: TrunkStore | None,  # Where states of frozen trunks are kept
+    rejects: Rejects | None,  # Rows that were set aside
 ) -> FinishedRun:  # The run's folder and record
     "Train, validate, test, save."
     folder = request.folder
@@ -312,8 +312,14 @@ def carry_out(
     record.data.update(request.reading, tokens=train.audit.describe())
     if getattr(train.audit, "n_truncated", 0):
         get_logger("finetune").warning("training rows: %s", train.audit.describe())
+    if rejects:
+        get_logger("finetune").warning("%s", rejects.describe())
+        record.notes.append(f"{rejects.describe()} (rejects.jsonl)")
+        record.data["n_rejected"] = len(rejects)
     make_accelerator(request.settings.precision, trackers, folder)  # A tracker that is not there is heard of now
     open_record(request, record)
+    if rejects:
+        rejects.write(folder / "rejects.jsonl")
     clock.start("6-7 train and validate")
     evaluate = task.evaluate(valid)
     meter = Meter(planned.memory.between_steps if planned else 0.0)
@@ -321,6 +327,7 @@ def carry_out(
     options: dict[str, Any] = {"callbacks": listening, "trackers": trackers, "trunks": trunks}
     result = train_model(model, train, valid, task, request, record, **options)
     record.plan.update({"checked": check_plan(planned, meter)} if planned else {})
+    record.notes.extend(result.notes)
     fresh = build_again(request, task, splits, model)
     moved = {"first": list(result.moved), "whole": moved_record(compare_models(model.network, fresh.network))}
     keep_adapters(model, folder)
@@ -361,8 +368,10 @@ def finetune(
     out: str | Path | None = None,  # The run's folder; None: the next number under "runs"
     columns: Mapping[str, str] | None = None,  # Their column names to ours, e.g. {"question": "text"}
     leaks: str = "drop",  # "drop", "error" or "allow"
+    bad_rows: str = "error",  # "error", or "quarantine": set them aside in `rejects.jsonl` and go on
     config: Mapping[str, Any] | None = None,  # Settings read from a file
     resume: bool = False,  # Go on with the run in `out`
+    allow: Sequence[str] = (),  # Names of what may differ from the run that is gone on with, e.g. "lr"
     prompt_template: str | None = None,  # Makes a prompt of several columns, e.g. "{instruction}\n{input}"
     system: str | None = None,  # What every conversation begins with
     question: str | None = None,  # A text to ask before and after
@@ -376,19 +385,21 @@ def finetune(
     options = {"prompt_template": prompt_template, "system": system}
     given = {name: text for name, text in options.items() if text is not None}
     choices = {"task": task, "strategy": strategy, "init": init, **given}
-    request = check_request(choices, model, out, resume, config, settings)
-    request.reading.update(columns=dict(columns or {}), policy=leaks)
-    if request.earlier is not None and request.earlier.status == "finished":
-        if not {"report.html", "README.md"} <= {path.name for path in request.folder.iterdir()}:
-            write_report(request.folder)
-        return FinishedRun(request.folder, request.earlier)
-    clock, learnt = StepClock(), make_task(task, request.settings, given)
-    clock.start("1 prepare data")
-    general = general_texts(general)  # Read now: a wrong name is heard of before the training, not after it
-    splits = learnt.prepare(data, valid, test, columns=columns, leaks=leaks)
-    clock.start("2-5 base, strategy, settings, weights")
-    tuned = learnt.build(model, splits, strategy=strategy, init=init)
-    return carry_out(request, learnt, splits, tuned, clock, question, general, callbacks, trackers, trunks)
+    with claim_folder(out, resume) as folder:
+        request = check_request(choices, model, folder, resume, config, settings, allow)
+        request.reading.update(columns=dict(columns or {}), policy=leaks)
+        if request.earlier is not None and request.earlier.status == "finished":
+            if not {"report.html", "README.md"} <= {path.name for path in request.folder.iterdir()}:
+                write_report(request.folder)
+            return FinishedRun(request.folder, request.earlier)
+        clock, learnt = StepClock(), make_task(task, request.settings, given)
+        clock.start("1 prepare data")
+        general = general_texts(general)  # Read now: a wrong name is heard of before the training, not after it
+        rejects = rejects_of(bad_rows)
+        splits = learnt.prepare(data, valid, test, columns=columns, leaks=leaks, rejects=rejects)
+        clock.start("2-5 base, strategy, settings, weights")
+        tuned = learnt.build(model, splits, strategy=strategy, init=init)
+        return carry_out(request, learnt, splits, tuned, clock, question, general, callbacks, trackers, trunks, rejects)
 
 # %% ../nbs/10a_finetune.ipynb #25e34184
 def training_view(

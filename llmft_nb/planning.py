@@ -24,6 +24,7 @@ from .hparams import TrainSettings, resolve_settings
 from .memory import Depths, MemoryPlan, largest_micro_batch, plan_memory
 from .modeling import TunableModel
 from .rehearsal import Job, make_job
+from .rejects import rejects_of
 from .strategy import PHASED, parse_strategy
 from .tasks import make_task, stand_in
 from .timing import Measurements, TimePlan, plan_time, remembered_memory
@@ -288,6 +289,7 @@ def plan(
     init: str = "pretrained",  # Makes no difference to a plan
     columns: Mapping[str, str] | None = None,  # Their column names to ours
     leaks: str = "drop",  # "drop", "error" or "allow"
+    bad_rows: str = "error",  # "error", or "quarantine": leave them out
     config: Mapping[str, Any] | None = None,  # Settings read from a file
     prompt_template: str | None = None,  # Makes a prompt of several columns
     system: str | None = None,  # What every conversation begins with
@@ -311,7 +313,7 @@ def plan(
     given = {name: text for name, text in options.items() if text is not None}
     learnt = make_task(task, resolve(strategy or "full")[0], given)
     reader, base = stand_in(task, model)
-    splits = learnt.prepare(data, valid, test, columns=columns, leaks=leaks)
+    splits = learnt.prepare(data, valid, test, columns=columns, leaks=leaks, rejects=rejects_of(bad_rows))
     train, held = (learnt.dataset(rows, reader, splits.label_names) for rows in (splits.train, splits.valid))
     n_further, known = int(held.lengths.sum()), remembered or Measurements()
     asked = Asked(reader, base, train, n_further, spec, resolve, prices, known)

@@ -263,6 +263,7 @@ def page_values(
         "strategy": model.get("strategy") or settings.get("strategy") or "",
         "data_name": data_name(data),
         "notice": data.get("notice", ""),
+        "notes": record.get("notes") or [],
         "label_names": data.get("label_names", []),
         "validation": scores.get("validation"),
         "valid_score": validation_words(scores.get("validation") or {}, headline),

@@ -28,16 +28,24 @@ from llmft_nb.callbacks import (
     TrainState,
     score_of,
 )
-from .checkpoint import Found, check_fingerprint, checkpoint_name, find_checkpoint, flatten_optimizer
+from llmft_nb.checkpoint import (
+    Found,
+    check_fingerprint,
+    checkpoint_name,
+    find_checkpoint,
+    flatten_optimizer,
+    hold_folder,
+)
 from .checkpoint import load_checkpoint, load_weights, remove_folder, restore_optimizer, rotate_checkpoints
 from .checkpoint import save_checkpoint, set_aside, weights_of
-from .core import Interrupted, UserError
+from .core import Interrupted, UserError, code_fingerprint
 from .data import TextDataLoader, TokenDataset
 from .embedding_rows import OpenEmbedding
 from .hparams import TrainSettings, lr_factors
+from .guards import LossCourse, Notices, Room, check_disk, saved_bytes, move_weights
 from .inference import own_random_stream
 from .modeling import TunableModel, size_head
-from .steps import FiniteGuard, StepPlan, backward_step, f32_attention, is_evaluation_step
+from .steps import FiniteGuard, backward_step, f32_attention, is_evaluation_step
 from .steps import make_accelerator, plan_steps, swap_parameters
 from .movement import Watch, moved_record
 from .opening import open_model
@@ -86,12 +94,15 @@ class LLMTrainer:
         epochs: int | None = None,  # Passes over them; None: as the settings say
         *,
         resume: bool = False,  # Go on from the newest whole checkpoint in the folder, if there is one
+        allow: Sequence[str] = (),  # Names of what may differ from the run that is gone on with
     ) -> TrainResult:  # What came of it; the model holds the best weights
         "Train; the head is sized from the loader's labels first."
         with own_random_stream(), SignalGuard(active=self.folder is not None) as guard, ExitStack() as closing:
+            if self.folder is not None:
+                closing.enter_context(hold_folder(self.folder))
             run = start_run(self, loader, epochs or self.settings.epochs, closing)
             closing.callback(close_run, run)
-            open_folder(run, resume)
+            open_folder(run, resume, allow)
             with f32_attention(self.model.network, run.accelerator):
                 run_steps(run, guard)
             return finish_run(run)
@@ -110,7 +121,7 @@ class Run:
     state: TrainState  # Where the run stands
     factor: Callable[[int], float]  # The learning rate's course
     peaks: list[float]  # Peak rate of each parameter group, unless the phase has one
-    plan: StepPlan  # What a step needs to know
+    room: Room  # How much of a step is computed at once
     guard: FiniteGuard  # Keeps a step from being taken that leaves no number behind
     phases: list[Phase]  # What is open when
     movable: frozenset[str]  # Names of all weights that are open at some time
@@ -128,6 +139,8 @@ class Run:
     embedding: OpenEmbedding = field(default_factory=OpenEmbedding)  # What is kept from the optimizer
     trunk: OpenTrunk = field(default_factory=OpenTrunk)  # What is kept of the frozen blocks
     trunk_words: list[str] = field(default_factory=list)  # The same in words, for each phase
+    notes: Notices = field(default_factory=Notices)  # What a reader of the result has to know
+    course: LossCourse = field(default_factory=LossCourse)  # Whether the loss has gone astray
 
     def enter(
         self,
@@ -184,6 +197,7 @@ def start_run(
     state = TrainState(n_steps=epochs * len(loader), steps_per_epoch=len(loader))
     phases = plan_phases(model.network, trainer.strategy, state.n_steps, settings.unfreeze_frac, settings.head_first_lr)
     restarts = [phase.first_step for phase in phases if phase.restarts and phase.first_step > 0]
+    can_repeat = stepping is None and accelerator.num_processes == 1
     is_patient = accelerator.device.type != "cpu" and bool(optimizer.defaults.get("fused"))
     return Run(
         trainer=trainer,
@@ -195,7 +209,7 @@ def start_run(
         state=state,
         factor=lr_factors(settings.schedule, state.n_steps, settings.warmup_frac, restarts),
         peaks=[group["lr"] for group in optimizer.param_groups],
-        plan=plan_steps(settings, dataset, accelerator.device),
+        room=Room(model, plan_steps(settings, dataset, accelerator.device), dataset.lengths, can_repeat),
         guard=FiniteGuard(optimizer, is_patient, stepping is not None),
         stepping=stepping,
         phases=phases,
@@ -213,7 +227,7 @@ def run_fingerprint(
     own = {name: value for name, value in vars(run.trainer.settings).items() if name != "save_every"}
     own |= {"n_steps": run.state.n_steps, "rows": run.loader.dataset.fingerprint, "window": run.loader.window}
     own |= {"processes": run.accelerator.num_processes, "threads": torch.get_num_threads()}
-    own |= {"strategy": str(run.trainer.strategy), "device": run.accelerator.device.type}
+    own |= {"strategy": str(run.trainer.strategy), "device": run.accelerator.device.type, "code": code_fingerprint()}
     return own | {"torch": str(torch.__version__)} | run.trainer.fingerprint
 
 # %% ../nbs/06e_training.ipynb #7d86a5a2
@@ -230,7 +244,8 @@ def save_run(
     kept = {name: getattr(state, name) for name in ("step", "stop", "best_step", "best_score")}
     kept |= {"optimizer": numbers, "fingerprint": run_fingerprint(run), "losses": run.losses}
     kept |= {"pending": [loss.item() for loss in run.pending], "metrics_bytes": run.metrics.n_bytes}
-    kept |= {"moved": run.moved, "stopping": trainer.stopping.state() if trainer.stopping else {}}
+    kept |= {"notes": run.notes.said, "at_once": run.room.at_once, "n_high": run.course.n_high, "moved": run.moved}
+    kept |= {"stopping": trainer.stopping.state() if trainer.stopping else {}}
     parent, name = trainer.folder / "checkpoints", checkpoint_name("step", state.step)
     saved = save_checkpoint(parent, name, weights_of(trainer.model, run.movable) | tensors, kept)
     rotate_checkpoints(parent)
@@ -242,12 +257,13 @@ def save_run(
 def restore_run(
     run: Run,  # Started, no step taken
     folder: Path,  # A whole checkpoint
+    allow: Sequence[str] = (),  # Names of what may differ
 ) -> int:  # Length of the metrics file at that point, in bytes
     "Put a saved state back."
     tensors, kept = load_checkpoint(folder)
-    check_fingerprint(kept["fingerprint"], run_fingerprint(run))
+    differing = check_fingerprint(kept["fingerprint"], run_fingerprint(run), allow)
     load_weights(run.trainer.model, tensors)
-    restore_optimizer(run.optimizer, tensors, kept["optimizer"])
+    restore_optimizer(run.optimizer, tensors, kept["optimizer"], allow)
     if run.trainer.stopping is not None:
         run.trainer.stopping.restore(kept["stopping"])
     state = run.state
@@ -255,22 +271,28 @@ def restore_run(
     state.stop, state.best_step, state.best_score = kept["stop"], kept["best_step"], kept["best_score"]
     run.pending = [torch.tensor(loss, device=run.accelerator.device) for loss in kept["pending"]]
     run.losses = [(step, loss) for step, loss in kept["losses"]]
-    run.moved = kept["moved"]
+    run.moved, run.notes.said, run.course.n_high = kept["moved"], kept["notes"], kept["n_high"]
+    run.room.restore(kept["at_once"])
+    for line in differing:
+        run.notes.add(f"went on at step {state.step} with another {line}")
     return int(kept["metrics_bytes"])
 
 # %% ../nbs/06e_training.ipynb #37b3c772
 def open_folder(
     run: Run,  # Started
     resume: bool,  # Go on from the newest whole checkpoint, if there is one
+    allow: Sequence[str] = (),  # Names of what may differ from it
 ) -> None:
     "Open the log, restore what is to be resumed, and tell the callbacks."
     trainer, n_bytes = run.trainer, 0
     if trainer.folder is not None:
-        trainer.folder.mkdir(parents=True, exist_ok=True)
         parent = trainer.folder / "checkpoints"
         found = find_checkpoint(parent) if resume else Found(None, ())
         if found.folder is not None:
-            n_bytes = restore_run(run, found.folder)
+            n_bytes = restore_run(run, found.folder, allow)
+        needed = saved_bytes(trainer.model, run.movable, run.optimizer)
+        with run.embedding.as_it_was():
+            check_disk(trainer.folder, needed + sum(weight.nbytes for weight in trainer.model.parameters()))
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             if resume:
@@ -294,7 +316,8 @@ def take_step(
         group["lr"] = (run.phase_lr or peak) * factor
     can_move = not run.is_watched and any(group["lr"] > 0 for group in run.optimizer.param_groups)
     watch = Watch(run.trainer.model.network) if can_move and run.stepping is not None else None
-    loss = backward_step(run.accelerator, run.model, run.loader, rows, state.step, run.plan)
+    given = run.accelerator, run.model, run.loader, rows, state.step
+    loss = run.room.compute(rows, state.step + 1, lambda plan: backward_step(*given, plan), run.notes)
     if run.stepping is not None:
         norm = run.stepping.norm()
     else:
@@ -303,8 +326,7 @@ def take_step(
     run.guard.see(loss, norm, state.step + 1, [run.loader.dataset.places[row] for row in rows[:8]])
     if run.stepping is None:
         watch = Watch(run.trainer.model.network) if can_move and norm > 0 else None
-        run.stepper.step()
-        run.stepper.zero_grad(set_to_none=True)
+        move_weights(run.stepper, state.step + 1)
     state.step += 1
     if watch is not None and norm > 0:
         run.moved.append({"step": state.step, "parts": moved_record(watch.check(f"after step {state.step}"))})
@@ -333,6 +355,7 @@ def log_step(
     run.guard.check()
     mean_loss, run.pending = float(torch.stack(run.pending).double().mean()), []
     run.losses.append((run.state.step, mean_loss))
+    run.course.see(run.losses, run.optimizer.param_groups[0]["lr"])
     values = {"loss": mean_loss, "lr": float(run.optimizer.param_groups[0]["lr"]), "grad_norm": float(norm)}
     write_values(run, values)
     return values
@@ -411,6 +434,7 @@ def finish_run(
         resumed_from=run.resumed_from,
         moved=tuple(run.moved),
         trunk=tuple(run.trunk_words),
+        notes=tuple(run.notes.said),
     )
 
 # %% ../nbs/06e_training.ipynb #038988ef

@@ -19,7 +19,7 @@ from torch import nn
 from .core import UserError, sha256_json
 from .data import TokenDataset
 from .forwards import InUse, answer_through, see_batches
-from .inference import by_length, padding_gap, question, read_rule
+from .inference import compute_rows, padding_gap, question, read_rule
 from .modeling import PositionModel, TunableModel, asking, rounding_of
 from .movement import fingerprint
 from .phases import Phase, phase_end
@@ -121,7 +121,9 @@ def collect_states(
     trunk.is_collecting = True
     try:
         with asking(model) as place:
-            for rows in by_length(dataset.lengths, batch_size, 2048 if place.type == "cpu" else None):
+
+            def collect(rows: list[int]) -> None:
+                nonlocal states
                 batch = question(dataset, rows, place)
                 if isinstance(model, PositionModel):
                     batch["keep"] = torch.zeros(1, dtype=torch.int64, device=place)  # The head is not asked anything
@@ -132,9 +134,11 @@ def collect_states(
                     states[-1] = 0
                 if only is not None:
                     states[rows] = trunk.found[range(len(rows)), torch.from_numpy(only[rows]).to(place)].cpu()
-                    continue
+                    return
                 places, there = row_places(starts, rows, trunk.found.shape[1])
                 states[torch.from_numpy(places[there])] = trunk.found.cpu()[torch.from_numpy(there)]
+
+            compute_rows(dataset.lengths, batch_size, collect, 2048 if place.type == "cpu" else None)
     finally:
         trunk.is_collecting, trunk.found = False, None
     assert states is not None

@@ -282,6 +282,7 @@ def test_plan_takes_what_train_takes() -> None:
     assert all(ours[name].default == one.default for name, one in theirs.items())
     asked = set(signature(finetune).parameters) - {
         "out",
+        "allow",
         "resume",
         "question",
         "general",
