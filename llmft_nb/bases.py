@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .artefacts import check_artefacts
 from .core import UserError, assets_folder, sha256_file
 
 # %% ../nbs/02a_bases.ipynb #c722d8a9
@@ -109,7 +110,9 @@ def local_source(
 ) -> ModelSource:  # With the fingerprint of its weights
     "The record of a model that lies on this machine."
     check_config(folder)
-    fingerprint = "+".join(sha256_file(path) for path in weight_files(folder)) if weights else ""
+    files = weight_files(folder) if weights else []
+    check_artefacts(folder, weights)
+    fingerprint = "+".join(sha256_file(path) for path in files)
     return ModelSource(name, str(folder), kind, "", fingerprint, licence)
 
 # %% ../nbs/02a_bases.ipynb #a2992cb6
@@ -203,7 +206,7 @@ def base_config(
 
     try:
         return AutoConfig.from_pretrained(source.location, revision=source.revision or None)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # Whatever a stranger's settings trip over
         line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         what = f"its configuration cannot be read ({line})"
         raise UserError(
@@ -271,7 +274,7 @@ def load_tokenizer(
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision or None)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # Whatever a stranger's settings trip over
         raise UserError(
             f"the tokenizer cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             where=source.location,

@@ -23,9 +23,11 @@ from llmft_nb.shell import (
     LogLevel,
     batches_of,
     exit_statuses,
+    is_model,
     merge_config,
     parse_columns,
     show_answer,
+    show_checks,
     show_demo,
     show_plans,
     show_run,
@@ -300,7 +302,7 @@ def runs(
 # %% ../nbs/10c_cli.ipynb #fdeccbff
 @app.command()
 def check(
-    data: Annotated[list[str], typer.Argument(help="Training rows, then rows held out, if any.")],
+    data: Annotated[list[str], typer.Argument(help="Training rows, then rows held out, if any; or a model's folder.")],
     task: Annotated[str, typer.Option(help="classify, tag, instruct or text.")] = "classify",
     columns: Annotated[list[str] | None, typer.Option(help="theirs=ours, e.g. question=text.")] = None,
     prompt_template: Annotated[
@@ -316,8 +318,11 @@ def check(
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
 ) -> None:
-    "Check rows: damage, labels, copies, leaks, contradictions."
+    "Check rows (damage, labels, copies, leaks, contradictions) or a model (files, tensors, tokenizer, template)."
     with exit_statuses(as_json, log_level, debug):
+        if is_model(data[0]):
+            show_checks(data[0], as_json)
+            return
         from llmft_nb.cleaning import data_card
         from llmft_nb.core import write_atomic
         from llmft_nb.tasks import make_task

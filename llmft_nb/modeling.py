@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from .artefacts import check_size
 from .bases import ModelSource, base_config, find_model, load_tokenizer, quiet_loading, reads_both_sides
 from .core import UserError, probe_device, stream_seed
 from .tokens import special_ends
@@ -54,6 +55,7 @@ def load_network(
     import transformers
     from safetensors import SafetensorError
 
+    check_size(base_config(source), f"model {source.name}")
     try:
         with quiet_loading(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "head"))

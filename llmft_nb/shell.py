@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN_SIZES', 'LogLevel', 'show_error', 'exit_statuses', 'parse_columns', 'text_entry', 'merge_config', 'batches_of',
-           'show_scores', 'show_run', 'asked_words', 'show_answer', 'show_table', 'show_value', 'show_demo',
-           'plan_line', 'show_plans', 'show_tokens', 'take_turn', 'talk']
+           'show_scores', 'show_run', 'asked_words', 'show_answer', 'show_table', 'show_value', 'is_model',
+           'show_checks', 'show_demo', 'plan_line', 'show_plans', 'show_tokens', 'take_turn', 'talk']
 
 # %% ../nbs/10b_shell.ipynb #2af6e5d9
 import contextlib
@@ -281,6 +281,29 @@ def show_value(
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return " to ".join(show_value(part) for part in value) if isinstance(value, list) else str(value)
+
+# %% ../nbs/10b_shell.ipynb #10b0c002
+def is_model(
+    name: str,  # As it was typed
+) -> bool:  # False for rows
+    "Whether a name is a model's: of the catalogue, or of a folder with a configuration or weights."
+    from llmft_nb.bases import CATALOGUE
+
+    folder = Path(name)
+    return name in CATALOGUE or (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def show_checks(
+    model: str,  # Catalogue name or folder
+    as_json: bool,  # For programs
+) -> None:
+    "Look at all of a model and print what was found; one that is refused ends with the status of a mistake."
+    from llmft_nb.model_gate import check_model, refused
+
+    checks = check_model(model)
+    show_table([dataclasses.asdict(one) for one in checks], as_json)
+    if refused(checks):
+        raise typer.Exit(2)
 
 # %% ../nbs/10b_shell.ipynb #69596457
 def show_demo(
