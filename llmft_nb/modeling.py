@@ -55,7 +55,8 @@ def load_network(
     import transformers
     from safetensors import SafetensorError
 
-    check_size(base_config(source), f"model {source.name}")
+    if not four_bit:
+        check_size(base_config(source), f"model {source.name}")
     try:
         with quiet_loading(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "head"))

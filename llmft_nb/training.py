@@ -271,8 +271,8 @@ def restore_run(
     state.stop, state.best_step, state.best_score = kept["stop"], kept["best_step"], kept["best_score"]
     run.pending = [torch.tensor(loss, device=run.accelerator.device) for loss in kept["pending"]]
     run.losses = [(step, loss) for step, loss in kept["losses"]]
-    run.moved, run.notes.said, run.course.n_high = kept["moved"], kept["notes"], kept["n_high"]
-    run.room.restore(kept["at_once"])
+    run.moved, run.notes.said, run.course.n_high = kept["moved"], kept.get("notes", []), kept.get("n_high", 0)
+    run.room.restore(kept.get("at_once", []))
     for line in differing:
         run.notes.add(f"went on at step {state.step} with another {line}")
     return int(kept["metrics_bytes"])

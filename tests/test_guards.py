@@ -26,10 +26,12 @@ from llmft_nb.classify import make_evaluate
 from llmft_nb.core import UserError
 from llmft_nb.data import TextDataLoader, TextDataset
 from llmft_nb.finetune import finetune
+from llmft_nb.guards import FAR, N_FAR, LossCourse, Notices, Room
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.inference import compute_rows, is_out_of_memory, pooled_features, predict_logits, predict_positions
 from llmft_nb.modeling import LLMForSequenceClassification
 from llmft_nb.runs import claim_folder
+from llmft_nb.steps import StepPlan, halved
 from llmft_nb.training import LLMTrainer
 
 ROWS = small_rows(60)
@@ -138,6 +140,39 @@ def test_no_room_on_the_way_back(llama: Path, alone: tuple[np.ndarray, int]) -> 
     assert "step 3" in result.notes[0]
 
 
+def test_an_error_of_another_kind_ends_the_run_as_it_is(llama: Path) -> None:
+    trainer, loader = trainer_of(llama)
+
+    def fail(*_: Any) -> None:
+        if trainer.model.training and torch.is_grad_enabled():
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    trainer.model.network.model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        trainer.train(loader)
+
+
+def test_a_step_that_cannot_be_taken_again_says_how_to_go_on() -> None:
+    "Weights that move while the gradient is made, or other processes that wait."
+    plan = StepPlan(TrainSettings(micro_batch_size=8), None, 1000)
+    room = Room(nn.Linear(1, 1), plan, np.full(8, 5), can_repeat=False)
+
+    def fail(_: StepPlan) -> torch.Tensor:
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"cannot be taken again.*--allow micro_batch_size and micro_batch_size 4"):
+        room.compute(range(8), 3, fail, Notices())
+    assert room.plan is plan and room.at_once == []
+
+
+def test_tokens_are_halved_as_rows_are() -> None:
+    lengths = np.array([100] * 2 + [10] * 30)
+    smaller = halved(StepPlan(TrainSettings(micro_batch_size=32), None, 10**6), range(32), lengths)
+    assert smaller is not None and (smaller.settings.micro_batch_size, smaller.most_tokens) == (16, 1600)
+    one = StepPlan(TrainSettings(micro_batch_size=1), None, 10**6)
+    assert halved(one, range(32), lengths) is None
+
+
 def test_not_even_one_row(llama: Path, tmp_path: Path) -> None:
     trainer, loader = trainer_of(llama, tmp_path / "run")
     Narrow(trainer.model, rows=0)
@@ -212,6 +247,12 @@ def test_what_is_no_lack_of_memory_is_raised() -> None:
 
     with pytest.raises(RuntimeError, match="mat1"):
         compute_rows(np.arange(1, 9), 4, fail)
+
+    def full(rows: list[int]) -> None:
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"out of memory with one row of 8 tokens"):
+        compute_rows(np.arange(1, 9), 4, full)
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError(NO_ROOM))
     assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(RuntimeError("other"))
 
@@ -316,8 +357,10 @@ def test_a_loss_that_goes_astray_ends_the_run(llama: Path) -> None:
 
 def test_a_loss_that_was_low_may_rise(llama: Path) -> None:
     "A model that was tuned already begins with a loss of nearly nothing."
-    from llmft_nb.guards import FAR, N_FAR, LossCourse
-
+    course = LossCourse()
+    for step, loss in enumerate((9.0, 9.0, 1.0, 9.0, 9.0), 2):
+        course.see([(1, 1.0), (step, loss)], 1e-3)
+    assert course.n_high == 2, "it is counted anew after a loss that is low"
     course, losses = LossCourse(), [(1, 0.01)]
     for step in range(2, 20):
         losses.append((step, 0.01 * FAR + 0.9))
