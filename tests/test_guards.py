@@ -438,6 +438,19 @@ def test_what_cannot_be_allowed(small_model: Path, small_files: Path, tmp_path: 
     assert "epochs: was 1, now 2" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_other_rows_may_be_allowed(small_model: Path, small_files: Path, tmp_path: Path) -> None:
+    files = {name: small_files / f"{name}.jsonl" for name in ("valid", "test")}
+    options: dict[str, Any] = {"model": small_model, "out": tmp_path / "run", "epochs": 2, "precision": "f32", **files}
+    with pytest.raises(KeyError):
+        finetune(small_files / "train.jsonl", callbacks=[Do(2, lambda: {}["dies"])], save_every=1, **options)
+    lines = (small_files / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(lines[1:]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"train: was .*--allow train"):
+        finetune(tmp_path / "other.jsonl", resume=True, save_every=1, **options)
+    run = finetune(tmp_path / "other.jsonl", resume=True, allow=["train"], save_every=1, callbacks=(), **options)
+    assert run.record.status == "finished" and any("another rows: was " in note for note in run.record.notes)
+
+
 # --- one folder, one run ---
 
 HOLD = """
@@ -473,6 +486,17 @@ def test_a_held_folder_is_refused_at_once(
         trainer, loader = trainer_of(small_model, tmp_path / "run")
         trainer.train(loader)
     assert holder.poll() is None and (tmp_path / "run" / LOCK).exists()
+
+
+def test_the_other_processes_of_a_run_do_not_ask(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with hold_folder(tmp_path / "run"):
+        assert holder.poll() is None
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="another run writes here"), hold_folder(tmp_path / "run"):
+        pass
 
 
 def test_a_dead_owner_has_let_go(
