@@ -180,6 +180,7 @@ SPOILT |= {
     "a template that loops": content(TEMPLATE, loops(3)),
     "a template that grows": content(TEMPLATE, GROWS),
     "a template that fills the page": content(TEMPLATE, loops(1, "{{ 'x' * 9999 }}")),
+    "a template that writes a megabyte": content(TEMPLATE, "{% for i in range(100) %}{{ 'x' * 9999 }}{% endfor %}"),
     "a template that looks inside": content(TEMPLATE, "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
     "a template that calls": content(TEMPLATE, "{{ cycler.__init__.__globals__.os.system('true') }}"),
     "a template that includes": content(TEMPLATE, "{% include '/etc/passwd' %}"),
