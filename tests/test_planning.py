@@ -252,6 +252,14 @@ def test_what_is_remembered_may_be_lost(tmp_path: Path) -> None:
         assert found.count("key") is None and found.pace("key") is None and found.correction("run") == 1.0
 
 
+def test_the_oldest_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "N_KEPT", 3)
+    remembered = Measurements(tmp_path)
+    for i in range(5):
+        remembered.keep_pace(f"key {i}", Pace(float(i), 0.0, "words"))
+    assert list(Measurements(tmp_path).paces) == ["key 2", "key 3", "key 4"]
+
+
 def test_a_count_is_kept_for_the_same_step_alone(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
