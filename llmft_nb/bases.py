@@ -9,7 +9,6 @@ __all__ = ['CATALOGUE', 'PAD_NAMES', 'END_NAMES', 'CatalogueModel', 'ModelSource
 
 # %% ../nbs/02a_bases.ipynb #a84cfb75
 import contextlib
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artefacts import check_artefacts
+from .artefacts import check_artefacts, folder_tensors, read_json
 from .core import UserError, assets_folder, sha256_file
 
 # %% ../nbs/02a_bases.ipynb #c722d8a9
@@ -288,7 +287,6 @@ def counted_weights(
 ) -> tuple[int, int]:  # Weights, and the bytes they take in their files
     "Count weights by the headers of their files; of a hub model only the headers are fetched."
     from huggingface_hub import HfApi
-    from safetensors import SafetensorError, safe_open
 
     if source.kind == "hub":
         try:
@@ -300,16 +298,9 @@ def counted_weights(
         places = [place for file in found.files_metadata.values() for place in file.tensors.values()]
         sizes = [place.data_offsets[1] - place.data_offsets[0] for place in places]
         return sum(found.parameter_count.values()), sum(sizes)
-    files, n_weights = weight_files(Path(source.location)), 0
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    n_weights += math.prod(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            what = f"{path.name} is damaged ({error})"
-            raise UserError(what, where=str(path.parent), mend="download the model again") from error
-    return n_weights, sum(path.stat().st_size for path in files)
+    folder = Path(source.location)
+    n_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    return sum(math.prod(shape) for _, shape in folder_tensors(folder).values()), n_bytes
 
 # %% ../nbs/02a_bases.ipynb #332c0f3c
 def describe_model(
@@ -321,11 +312,7 @@ def describe_model(
     path = Path(source.location) / "config.json"
     if source.kind == "hub":
         path = Path(hf_hub_download(source.location, "config.json", revision=source.revision))
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        what = f"its config.json is damaged ({error})"
-        raise UserError(what, where=f"model {source.name}", mend="download the model again") from error
+    config = read_json(path)
     n_weights, n_bytes = counted_weights(source)
     return {
         "name": source.name,
