@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'MOST_PROBE_S', 'GAP', 'N_RUNS', 'N_KEPT', 'KEPT', 'Work', 'find_work', 'Pace', 'product_rate',
-           'counted_pace', 'probed_steps', 'timed_depths', 'time_steps', 'probe', 'is_here', 'can_probe',
+           'counted_pace', 'probed_steps', 'timed_depths', 'time_steps', 'probe', 'is_here', 'can_probe', 'with_newest',
            'Measurements', 'machine', 'count_key', 'remembered_memory', 'probe_key', 'run_key', 'TimePlan',
            'phase_share', 'trunk_seconds', 'plan_time']
 
@@ -213,6 +213,15 @@ N_KEPT = 200  # Counts and probes; the oldest are forgotten
 KEPT = ("counts", "paces", "ratios")
 
 
+def with_newest(
+    kept: dict[str, Any],  # The oldest first
+    key: str,  # Of what is new
+    value: Any,  # What is new
+) -> dict[str, Any]:  # At most as many as are kept
+    "Remember something, and forget the oldest."
+    return {**dict(list(kept.items())[1 - N_KEPT :]), key: value}
+
+
 class Measurements:
     "What was measured on this machine before, in a small file."
 
@@ -252,8 +261,7 @@ class Measurements:
         counted: Counted,  # What it found
     ) -> None:
         "Remember a count."
-        kept = {"count": asdict(counted[0]), "parts": counted[1]}
-        self.counts = {**dict(list(self.counts.items())[1 - N_KEPT :]), key: kept}
+        self.counts = with_newest(self.counts, key, {"count": asdict(counted[0]), "parts": counted[1]})
         self.write()
 
     def pace(
@@ -272,7 +280,7 @@ class Measurements:
         pace: Pace,  # What it found
     ) -> None:
         "Remember a probe."
-        self.paces = {**dict(list(self.paces.items())[1 - N_KEPT :]), key: asdict(pace)}
+        self.paces = with_newest(self.paces, key, asdict(pace))
         self.write()
 
     def correction(
