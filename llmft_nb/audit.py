@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['PARTING', 'byte_letters', 'readable_piece', 'TokenView', 'audit_view', 'Check', 'check_ends', 'check_tokens',
-           'check_served', 'audit_checks']
+           'check_served', 'audit_checks', 'first_places', 'LengthReport', 'tag_lengths', 'length_report']
 
 # %% ../nbs/01g_audit.ipynb #78bbecce
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .corpus import CorpusDataset
 from .data import TokenDataset
 from .dialogues import InstructDataset
 from .formats import counted
 from .prompts import control_tokens, stop_ids
+from .tagging import TagDataset
 from .tokens import typed_controls
 
 if TYPE_CHECKING:
@@ -268,3 +270,75 @@ def audit_checks(
         n_idle = sum(not learnt for _, learnt in rows)
         checks.append(Check("learnt", "note", f"{counted(n_idle, 'row')} of {len(rows):,} have nothing to learn"))
     return checks
+
+# %% ../nbs/01g_audit.ipynb #01f0a004
+def first_places(
+    places: Sequence[str],  # The first of them
+    n_places: int,  # How many there are
+    n_most: int = 5,  # To name at most
+) -> str:  # E.g. ": train.jsonl:4, train.jsonl:9, …"; "" where none is known
+    "Name the first of some places."
+    shown = [*places[:n_most], *(["…"] if n_places > min(n_most, len(places)) else [])]
+    return f": {', '.join(shown)}" if places else ""
+
+# %% ../nbs/01g_audit.ipynb #01f0a003
+@dataclass(frozen=True)
+class LengthReport:
+    "What a limit on tokens does to rows and to their answers."
+
+    n_rows: int  # Rows, conversations or texts
+    longest: int  # Tokens of the longest, before anything is cut
+    max_length: int  # The limit
+    n_over: int  # How many are longer
+    fate: str  # What becomes of those
+    n_cut: int = 0  # Rows of which some answer would be gone
+    n_gone: int = 0  # Of those, rows of which every answer would be gone: nothing is learnt from them
+    over: tuple[str, ...] = ()  # Places of the first that are longer, where they are known
+    cut: tuple[str, ...] = ()  # Places of the first of which some answer would be gone
+    gone: tuple[str, ...] = ()  # Places of the first of which every answer would be gone
+
+    def findings(
+        self,
+        n_most: int = 5,  # Places to name at most
+    ) -> dict[str, str]:  # "lengths" and "answers cut away"
+        "Both findings in a few words, for people."
+        words = f"longest {counted(self.longest, 'token')}, {self.n_over:,} of {counted(self.n_rows, 'row')}"
+        words += f" over {self.max_length:,}" + (f", {self.fate}" if self.n_over else "")
+        lost = f"in {self.n_cut:,} of {counted(self.n_rows, 'row')}" if self.n_cut else "none"
+        lost += first_places(self.cut, self.n_cut, n_most)
+        if self.n_gone:
+            lost += f"; the whole answer in {self.n_gone:,}{first_places(self.gone, self.n_gone, n_most)}"
+        return {"lengths": words + first_places(self.over, self.n_over, n_most), "answers cut away": lost}
+
+# %% ../nbs/01g_audit.ipynb #01f0a00b
+def tag_lengths(
+    dataset: TagDataset,  # Windows of rows
+) -> LengthReport:  # A word without a token counts as an answer that is gone
+    "What the limit does to rows of tagged words."
+    audit, places = dataset.audit, dataset.rows.places
+    n_windows, n_asked = Counter(dataset.row_of.tolist()), Counter[int]()
+    for number, words in zip(dataset.row_of.tolist(), dataset.words_of, strict=True):
+        n_asked[number] += len(words)
+    over = [place for number, place in enumerate(places) if n_windows[number] > 1]
+    cut = [place for number, place in enumerate(places) if n_asked[number] < len(dataset.rows[number]["tokens"])]
+    gone = [place for number, place in enumerate(places) if not n_asked[number]]
+    report = LengthReport(audit.n_rows, audit.longest, audit.max_length, audit.n_long, "read in windows")
+    report = replace(report, n_cut=len(cut), n_gone=len(gone))
+    return replace(report, over=tuple(over[:100]), cut=tuple(cut[:100]), gone=tuple(gone[:100]))
+
+# %% ../nbs/01g_audit.ipynb #01f0a006
+def length_report(
+    dataset: TokenDataset,  # Of any task; conversations with `too_long="split"`, which refuses none
+) -> LengthReport:  # With the places of rows
+    "What the limit of a data set does to its rows."
+    audit, limit = dataset.audit, dataset.max_length
+    if isinstance(dataset, InstructDataset):
+        report = LengthReport(audit.n_rows, audit.longest, limit, audit.n_over, "and too_long says what gives way")
+        answers = {"n_cut": audit.n_answers_at_risk, "cut": tuple(audit.at_risk)}
+        return replace(report, **answers, n_gone=audit.n_answers_gone, gone=tuple(audit.gone))
+    if isinstance(dataset, CorpusDataset):
+        return LengthReport(audit.n_documents, audit.longest, limit, audit.n_cut, "which go on in the next row")
+    if isinstance(dataset, TagDataset):
+        return tag_lengths(dataset)
+    report = LengthReport(audit.n_rows, audit.longest, limit, audit.n_truncated, "of which the end is cut")
+    return replace(report, over=tuple(dataset.places[number] for number in audit.first_cut))

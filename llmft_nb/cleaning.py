@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'KINDS', 'message_text', 'plain_row', 'question_text', 'plain_rows', 'Match', 'exact_key', 'find_copies',
-           'near_leaks', 'LeakFindings', 'without_leaks', 'CleaningReport', 'clean', 'escape_markdown',
-           'markdown_table', 'data_card']
+           'near_leaks', 'LeakFindings', 'without_leaks', 'CleaningReport', 'clean']
 
 # %% ../nbs/01d_cleaning.ipynb #63efd554
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -309,50 +307,3 @@ def clean(
         suspects=found,
         threshold=threshold,
     )
-
-# %% ../nbs/01d_cleaning.ipynb #94657cbd
-def escape_markdown(
-    text: str,  # From anywhere
-    n_most: int = 80,  # Characters to keep at most
-) -> str:  # One line that Markdown shows as it is
-    "A stranger's text made harmless for a cell of a Markdown table."
-    line = " ".join(str(text).split())
-    line = line if len(line) <= n_most else line[: n_most - 1] + "…"
-    line = re.sub(r"[&<>|`*_\[\]()#~\\$@!]", lambda mark: f"&#{ord(mark.group())};", line)
-    return re.sub(r"://|www\.", lambda mark: mark.group().replace(":", "&#58;").replace(".", "&#46;"), line)
-
-# %% ../nbs/01d_cleaning.ipynb #85a6e9e9
-def markdown_table(
-    header: Sequence[str],  # Names of the columns
-    lines: Sequence[Sequence[str]],  # Cells of each line, from anywhere
-) -> str:  # A table with its cells escaped
-    "A Markdown table."
-    cells = [[escape_markdown(cell) for cell in line] for line in [header, *lines]]
-    rows = [f"| {' | '.join(line)} |" for line in cells]
-    return "\n".join([rows[0], f"|{' --- |' * len(header)}", *rows[1:]])
-
-# %% ../nbs/01d_cleaning.ipynb #132578a6
-def data_card(
-    report: CleaningReport,  # What was found
-    name: str = "Data",  # What to call the data set
-    n_most: int = 10,  # Rows of each table at most
-) -> str:  # Markdown
-    "The findings as a page."
-    parts = [f"# {escape_markdown(name)}: what was found in the rows"]
-    parts.append(markdown_table(["finding", "rows"], list(report.findings().items())))
-    for title, matches in (("Leaks", report.leaks), ("Copies", report.copies)):
-        if matches:
-            worst = sorted(matches, key=lambda match: (KINDS.index(match.kind), -match.similarity))[:n_most]
-            lines = [(m.split, m.place, m.kind, m.other_place, f"{m.similarity:.2f}") for m in worst]
-            parts.append(f"## {title} (the first {len(lines):,} of {len(matches):,})")
-            parts.append(markdown_table(["set", "row", "kind", "repeats", "similarity"], lines))
-    if report.conflicts:
-        pairs = report.conflicts[:n_most]
-        parts.append(f"## One question, several answers (the first {len(pairs):,} of {len(report.conflicts):,})")
-        parts.append(markdown_table(["row", "row"], pairs))
-    if report.suspects:
-        doubted = report.suspects[:n_most]
-        parts.append(f"## Labels to look at (the first {len(doubted):,} of {len(report.suspects):,})")
-        cells = [(s.place, s.label, s.suggested, f"{s.confidence_suggested:.2f}") for s in doubted]
-        parts.append(markdown_table(["row", "label", "perhaps", "confidence"], cells))
-    return "\n\n".join(parts) + "\n"

@@ -313,7 +313,9 @@ def check(
     ] = False,
     bad_rows: Annotated[str, typer.Option(help="error, or quarantine: look at the others.")] = "error",
     rejects: Annotated[Path | None, typer.Option(help="Copy damaged rows with their reasons to this file.")] = None,
-    card: Annotated[Path | None, typer.Option(help="Write a data card (Markdown) to this file.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Write a data card to this file: .html or .md.")] = None,
+    model: Annotated[str | None, typer.Option(help="Whose tokenizer: says whose answers would be cut away.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row, with --model.")] = None,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
@@ -323,26 +325,32 @@ def check(
         if is_model(data[0]):
             show_checks(data[0], as_json)
             return
-        from llmft_nb.cleaning import data_card
-        from llmft_nb.core import write_atomic
-        from llmft_nb.tasks import make_task
+        from llmft_nb.audit import length_report
+        from llmft_nb.data_card import card_is_markdown, survey_record, write_data_card
+        from llmft_nb.finetune import training_view
         from llmft_nb.hparams import TrainSettings
         from llmft_nb.rejects import rejects_of
         from llmft_nb.splits import survey_rows
+        from llmft_nb.tasks import make_task
 
+        if card is not None:
+            card_is_markdown(card)  # A wrong ending is heard of before the rows are read
+        if model is None and max_length is not None:
+            raise UserError("a limit without a tokenizer", where=f"--max-length {max_length}", mend="name --model too")
         asked = make_task(task, TrainSettings(), {"prompt_template": prompt_template} if prompt_template else {})
         aside = rejects_of("quarantine" if rejects is not None else bad_rows)
         options: dict[str, Any] = {"task": asked.rows, "name": task, "suspects": label_errors, "rejects": aside}
-        findings, report = survey_rows(data, parse_columns(columns), **options)
+        survey, lengths = survey_rows(data, parse_columns(columns), **options), None
+        if model is not None:
+            limit: dict[str, Any] = {"max_length": max_length, "too_long": "split"}  # Nothing is refused here
+            lengths = length_report(training_view(survey.train, task=task, model=model, **limit))
+        found = survey_record(survey, lengths)
         if rejects is not None and aside:
             aside.write(rejects)
         if card is not None:
-            write_atomic(card, data_card(report, Path(data[0]).name))
-        if as_json:
-            print(json.dumps({"findings": findings, **report.as_record()}, ensure_ascii=False))
-            return
-        for name, value in findings.items():
-            print(f"{name.replace('_', ' '):<24} {value}")
+            write_data_card(card, survey, lengths)
+        lines = [f"{name.replace('_', ' '):<24} {words}" for name, words in found["findings"].items()]
+        print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines))
 
 # %% ../nbs/10c_cli.ipynb #2ba755e3
 @app.command()

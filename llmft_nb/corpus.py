@@ -94,6 +94,7 @@ class CorpusAudit:
     n_rows: int  # Rows written
     n_filled: int  # Places of the rows that hold a token, overlaps included
     max_length: int  # Places of a row
+    longest: int = 0  # Tokens of the longest document; 0 where nobody has counted them
 
     @property
     def pack_efficiency(self) -> float:  # 0 to 1
@@ -267,6 +268,7 @@ def write_corpus(
             counts["tokens"] += len(ids) + len(frame[0]) + len(frame[1])
             counts["unknown"] += 0 if unknown is None else ids.count(unknown)
             counts["cut"] += len(cut) > 1
+            counts["longest"] = max(counts["longest"], len(ids) + len(frame[0]) + len(frame[1]))
             for piece in cut:
                 counts["filled"] += len(piece.input_ids)
                 counts["targets"] += int((piece.labels != NO_TARGET).sum())
@@ -279,7 +281,7 @@ def write_corpus(
     names = ("documents", "bytes", "tokens", "targets", "unknown", "cut", "filled")
     counts["skipped"] += texts.n_blank
     found = {f"n_{name}": counts[name] for name in (*names, "skipped")}
-    return CorpusAudit(**found, n_rows=n_rows, max_length=settings.max_length)
+    return CorpusAudit(**found, n_rows=n_rows, max_length=settings.max_length, longest=counts["longest"])
 
 # %% ../nbs/01f_corpus.ipynb #e4c2cde1
 def kept_audit(

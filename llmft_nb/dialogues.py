@@ -246,6 +246,9 @@ class DialogueAudit:
     too_long: str  # What gives way
     n_over: int  # Conversations over the limit
     n_answers_at_risk: int  # Of those, how many would lose some of an answer if they were cut at the right
+    n_answers_gone: int  # Of those, how many would lose all that is to be learnt
+    at_risk: list[str]  # Places of the first that would lose some, a hundred at most
+    gone: list[str]  # Places of the first that would lose all, a hundred at most
     n_prompts_cut: int  # Conversations whose prompt was cut
     n_prompt_tokens_cut: int  # Tokens that were cut from them
     n_turns_dropped: int  # Messages left out
@@ -326,6 +329,8 @@ def audit_dialogues(
     "Count what rendering and cutting did."
     order = sorted(fitted.full_length for fitted in found)
     parts = [part for fitted in found for part in fitted.rows]
+    at_risk = [place for place, fitted in zip(rows.places, found, strict=True) if fitted.at_risk]
+    gone = [place for place, fitted in zip(rows.places, found, strict=True) if fitted.all_at_risk]
     return DialogueAudit(
         n_rows=len(rows),
         n_token_rows=len(parts),
@@ -337,7 +342,10 @@ def audit_dialogues(
         max_length=max_length,
         too_long=too_long,
         n_over=sum(length > max_length for length in order),
-        n_answers_at_risk=sum(fitted.at_risk for fitted in found),
+        n_answers_at_risk=len(at_risk),
+        n_answers_gone=len(gone),
+        at_risk=at_risk[:100],
+        gone=gone[:100],
         n_prompts_cut=sum(fitted.n_prompt_cut > 0 for fitted in found),
         n_prompt_tokens_cut=sum(fitted.n_prompt_cut for fitted in found),
         n_turns_dropped=sum(fitted.n_turns_dropped for fitted in found),

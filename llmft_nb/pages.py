@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'MARKDOWN_MARKUP', 'SCORE_NAMES', 'PLAIN_SCORES', 'QUANTITIES', 'SVG_COLOURS', 'visible', 'markdown_text',
            'fence_text', 'percent', 'points', 'p_text', 'duration', 'css_number', 'score_value', 'score_words',
-           'score_difference', 'check_words', 'thin_out', 'draw_panel', 'inline_svg', 'curve_svg', 'page_environment']
+           'score_difference', 'check_words', 'thin_out', 'draw_panel', 'inline_svg', 'draw_svg', 'curve_svg',
+           'page_environment']
 
 # %% ../nbs/08b_pages.ipynb #c0597bd2
 import io
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from html import escape
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -213,16 +215,41 @@ def draw_panel(
 # %% ../nbs/08b_pages.ipynb #8ffc569e
 def inline_svg(
     text: str,  # A file that matplotlib wrote
+    label: str,  # What it shows, for those who cannot see it
 ) -> str:  # The `<svg>` element alone, in the page's colours and font
     "Make matplotlib's picture part of a page."
     element = text[text.index("<svg") :].strip()
     element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
     opening, rest = element.split(">", 1)
     opening = re.sub(r' (?:width|height|version)="[^"]*"', "", opening)
+    rest = re.sub(r' id="[\w.]+_\d+"', "", rest)  # Nobody refers to them, and a page may have several pictures
     rest = re.sub(r"(font: [\d.]+px |font-family: )[^;\"]*", r"\1system-ui, sans-serif", rest)
     for stand_in, colour in SVG_COLOURS.items():
         rest = rest.replace(stand_in, colour)
-    return f'{opening} role="img" aria-label="Loss and validation score by step">{rest}'
+    return f'{opening} role="img" aria-label="{escape(label)}">{rest}'
+
+# %% ../nbs/08b_pages.ipynb #8ffc569b
+def draw_svg(
+    draw: Callable[[Any], None],  # Draws into a matplotlib figure
+    label: str,  # What it shows, for those who cannot see it
+    size: tuple[float, float] = (6.4, 4.6),  # Width and height in inches
+) -> str:  # An `<svg>` element, the same bytes for the same drawing
+    "Draw a picture for a page."
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+        matplotlib.rcParams.update(dict.fromkeys(inks, "#010101"))
+        matplotlib.rcParams.update({"svg.hashsalt": "llmft_nb", "svg.fonttype": "none", "font.size": 10})
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return inline_svg(buffer.getvalue(), label)
 
 # %% ../nbs/08b_pages.ipynb #96e0e0fb
 def curve_svg(
@@ -238,17 +265,8 @@ def curve_svg(
     loss, course = line_of("loss"), line_of(f"valid_{score}", 1.0 if is_plain else 100)
     if not loss and not course:
         return ""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-        matplotlib.rcParams.update(dict.fromkeys(inks, "#010101"))
-        matplotlib.rcParams.update({"svg.hashsalt": "llmft_nb", "svg.fonttype": "none", "font.size": 10})
-        figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-        FigureCanvasSVG(figure)
+    def draw(figure: Any) -> None:
         panels = figure.subplots(2 if loss and course else 1, 1, sharex=True, squeeze=False)[:, 0]
         if loss:
             valid_loss = ("validation loss", line_of("valid_loss"), "#010103", "o")
@@ -256,9 +274,8 @@ def curve_svg(
         if course:
             draw_panel(panels[-1], [(f"validation {shown}" + ("" if is_plain else ", %"), course, "#010103", "o")])
         panels[-1].set_xlabel("optimizer step")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline_svg(buffer.getvalue())
+
+    return draw_svg(draw, "Loss and validation score by step")
 
 # %% ../nbs/08b_pages.ipynb #03c4260f
 @cache

@@ -344,6 +344,7 @@ class Fitted:
     n_turns_dropped: int = 0  # Messages left out
     n_answers_lost: int = 0  # Answers that were to be learnt and were left out with their turns
     at_risk: bool = False  # Whether cutting at the right end would have taken some of what is to be learnt
+    all_at_risk: bool = False  # Whether it would have taken all of it
 
 # %% ../nbs/01c_prompts.ipynb #97d28eaf
 def cut_prompt(
@@ -414,5 +415,7 @@ def fit(
     n_cut = len(whole.ids) - len(rendered.ids) if policy == "cut_prompt" else 0
     lost = whole.answers[: len(whole.answers) - len(rendered.answers)]
     n_lost = sum(train_on == "all" or (train_on == "marked" and answer.marked) for answer in lost)
-    at_risk = not answer_next and set(supervise(whole, train_on)[max_length - 1 :]) > {NO_TARGET}
-    return Fitted(rows, len(whole.ids), n_cut, len(messages) - len(kept), n_lost, at_risk)
+    asked_at = [] if answer_next else [k for k, label in enumerate(supervise(whole, train_on)) if label != NO_TARGET]
+    at_risk = bool(asked_at) and asked_at[-1] >= max_length - 1
+    n_dropped, all_at_risk = len(messages) - len(kept), at_risk and asked_at[0] >= max_length - 1
+    return Fitted(rows, len(whole.ids), n_cut, n_dropped, n_lost, at_risk, all_at_risk)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSIFY', 'TaskRows', 'check_classify_like', 'Splits', 'in_catalogue', 'own_splits', 'labels_in', 'prepare_splits',
-           'describe_source', 'find_notice', 'find_licence', 'different_names', 'survey_rows']
+           'describe_source', 'find_notice', 'find_licence', 'different_names', 'Survey', 'survey_rows']
 
 # %% ../nbs/01e_splits.ipynb #f8fe2893
 from collections import Counter
@@ -163,6 +163,17 @@ def different_names(
         found.append(called)
     return found
 
+# %% ../nbs/01e_splits.ipynb #de117894
+@dataclass(frozen=True)
+class Survey:
+    "Rows before a run, and what is worth knowing of them."
+
+    findings: dict[str, str]  # By name, for people
+    report: CleaningReport  # All that was found
+    train: Rows  # Sound rows to learn from
+    held_out: dict[str, Rows]  # Sound rows of each other source, by its name
+    rejects: Rejects | None = None  # Rows that were set aside; None: they are an error
+
 # %% ../nbs/01e_splits.ipynb #05dbc63f
 def survey_rows(
     sources: Sequence[Any],  # Training rows first, then any held out
@@ -172,17 +183,18 @@ def survey_rows(
     name: str = "classify",  # The task's name
     suspects: bool = False,  # Whether to look for labels that are probably wrong, which takes the longest
     rejects: Rejects | None = None,  # Takes damaged rows; None: they are an error
-) -> tuple[dict[str, str], CleaningReport]:  # Findings by name, for people, and all that was found
+) -> Survey:  # The rows with what was found
     "Read and check rows and say what is worth knowing before a run."
     aside = rejects.take if rejects is not None else None
     train = sound_rows(read_rows(sources[0], columns, aside=aside), lambda rows: task.check(rows, None, None), rejects)
     names = task.find_names(train)
     held_out = {}
-    for source, called in zip(sources[1:], different_names([describe_source(source) for source in sources[1:]])):
+    called = different_names(["train", *(describe_source(source) for source in sources[1:])])
+    for source, called_so in zip(sources[1:], called[1:], strict=True):
         own = own_splits(source)
         split = next((split for split in ("test", "valid", "train") if split in own), "test")
         read = read_rows(source, columns, split=split, aside=aside)
-        held_out[called] = sound_rows(read, lambda rows: task.check(rows, names or None, train), rejects)
+        held_out[called_so] = sound_rows(read, lambda rows: task.check(rows, names or None, train), rejects)
     report = clean(train, held_out, name, suspects=suspects)
     counts = Counter(label for row in train for label in row_labels(row))
     findings = report.findings()
@@ -192,4 +204,4 @@ def survey_rows(
         findings = {"rows": findings.pop("rows"), "labels": labels, **findings}
     if rejects:
         findings = {"rows": findings.pop("rows"), "set aside": rejects.describe(), **findings}
-    return findings, report
+    return Survey(findings, report, train, held_out, rejects)

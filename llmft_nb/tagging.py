@@ -61,6 +61,7 @@ class TagAudit:
     n_windows: int  # Windows the rows were cut into
     n_long: int  # Rows of more than one window
     max_length: int  # Most tokens of a window
+    longest: int = 0  # Tokens of the longest row, special ones included
 
     @property
     def tokens_per_word(self) -> float:  # 1 or a little more is good
@@ -138,6 +139,7 @@ class TagDataset(TokenDataset):
             n_windows=len(cut),
             n_long=int(np.sum(np.bincount(self.row_of) > 1)),
             max_length=max_length,
+            longest=max(len(ids) for ids, _ in tokens) + len(ends[0]) + len(ends[1]),
         )
         super().__init__(token_table(encoded), tokenizer, max_length, [self.rows.places[i] for i in self.row_of])
         if typed := typed_controls(tokenizer):

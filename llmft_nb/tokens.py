@@ -159,6 +159,7 @@ class TokenAudit:
     n_unknown: int  # Tokens the vocabulary has no piece for (0 for byte-level ones)
     tokens_per_word: float  # Before cutting, without special tokens; words are parted by blanks
     max_length: int  # The limit
+    first_cut: tuple[int, ...] = ()  # Numbers of the first rows that were cut, a hundred at most
 
     def describe(self) -> str:  # One sentence
         "The finding, for people."
@@ -203,6 +204,7 @@ def audit_rows(
 ) -> TokenAudit:  # Counts and lengths
     "Count what tokenizing and cutting did."
     lengths, n_tokens = sorted(counter.full_lengths) or [0], counter.n_tokens
+    cut = [number for number, length in enumerate(counter.full_lengths) if length > max_length]
     seconds = pairs if pairs is not None else [""] * len(texts)
     n_added = {paired: tokenizer.num_special_tokens_to_add(pair=paired) for paired in (False, True)}
     n_special = sum(n_added[bool(second)] for second in seconds)
@@ -210,7 +212,7 @@ def audit_rows(
     return TokenAudit(
         n_rows=len(texts),
         n_tokens=n_tokens,
-        n_truncated=sum(length > max_length for length in lengths),
+        n_truncated=len(cut),
         n_cut_tokens=sum(lengths) - n_tokens,
         longest=lengths[-1],
         median=lengths[(len(lengths) - 1) // 2],
@@ -218,6 +220,7 @@ def audit_rows(
         n_unknown=counter.n_unknown,
         tokens_per_word=(sum(lengths) - n_special) / max(1, n_words),
         max_length=max_length,
+        first_cut=tuple(cut[:100]),
     )
 
 # %% ../nbs/01b_tokens.ipynb #1a005a91

@@ -496,8 +496,8 @@ def test_columns_of_other_tasks_do_not_touch_instructions(strange: dict) -> None
     ]
     expected, found = prepare_splits(plain, task=instruct), prepare_splits(marked, task=instruct)
     assert found.test.places == expected.test.places
-    findings, _ = survey_rows([marked], task=instruct, name="instruct")
-    assert findings == survey_rows([plain], task=instruct, name="instruct")[0]
+    findings = survey_rows([marked], task=instruct, name="instruct").findings
+    assert findings == survey_rows([plain], task=instruct, name="instruct").findings
 
 
 @pytest.mark.parametrize("strange", [{"label": "unique"}, {"messages": 7}, {"label": "one", "text": 5}])
@@ -509,12 +509,14 @@ def test_columns_of_other_tasks_do_not_touch_tags(strange: dict) -> None:
         for i, row in enumerate(plain)
     ]
     assert prepare_splits(marked, task=tag).test.places == prepare_splits(plain, task=tag).test.places
-    assert survey_rows([marked], task=tag, name="tag")[0] == survey_rows([plain], task=tag, name="tag")[0]
+    found = [survey_rows([rows], task=tag, name="tag").findings for rows in (marked, plain)]
+    assert found[0] == found[1]
 
 
 def test_a_text_with_a_label_column_is_surveyed() -> None:
     text = TaskRows(lambda rows, names, train: check_classify(rows, need_labels=False), lambda rows: [])
-    assert "labels" not in survey_rows([[{"text": "one", "label": "x"}, {"text": "two"}]], task=text, name="text")[0]
+    rows = [{"text": "one", "label": "x"}, {"text": "two"}]
+    assert "labels" not in survey_rows([rows], task=text, name="text").findings
 
 
 def test_the_last_row_of_a_class_is_never_held_out() -> None:
@@ -561,7 +563,7 @@ def test_a_folder_given_as_test_gives_its_test(write: Callable[[str, bytes], Pat
     splits = prepare_splits(rows, test=folder)
     assert (splits.test.places, splits.carved) == (["test.jsonl:1", "test.jsonl:2"], ("valid",))
     assert prepare_splits(rows, valid=folder).valid.places[0] == "train.jsonl:1", "it has no file for validation"
-    assert survey_rows([rows, folder])[1].n_held_out == {"folder": 2}
+    assert survey_rows([rows, folder]).report.n_held_out == {"folder": 2}
     assert (find_notice(folder), find_licence(folder)) == ("", "unknown")
 
 
