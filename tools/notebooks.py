@@ -130,7 +130,10 @@ def execute(run: Run, env: Mapping[str, str], cell_timeout_s: int = 600) -> Run:
     "Run a notebook's cells in a fresh kernel and an empty working folder, up to the first that fails."
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="notebook-", ignore_cleanup_errors=True) as folder:
-        asyncio.run(run_in_kernel(run, Path(folder), {**env, "IPYTHONDIR": folder, "MPLBACKEND": ""}, cell_timeout_s))
+        temporary = Path(folder, "tmp")  # What lessons put aside goes with them
+        temporary.mkdir()
+        env = {**env, "IPYTHONDIR": folder, "MPLBACKEND": "", "TMPDIR": str(temporary)}
+        asyncio.run(run_in_kernel(run, Path(folder), env, cell_timeout_s))
     run.seconds = time.monotonic() - started
     return run
 
