@@ -289,7 +289,8 @@ def parse_json(
             except ValueError as error:
                 parsed.problems.append(Problem(f"{name}:{line}", str(error), json.dumps(value)))
     except json.JSONDecodeError as error:
-        parsed.problems.append(Problem(f"{name}:{error.lineno}", explain_json(error)))
+        reason = f"{explain_json(error)}; nothing after it can be read"
+        parsed.problems.append(Problem(f"{name}:{error.lineno}", reason))
     return parsed
 
 # %% ../nbs/00c_formats.ipynb #7b8dbdb5
@@ -398,7 +399,8 @@ def parse_parquet(
 
     try:
         # Read from a buffer of pyarrow's own: over a Python file its threads can abort the process at exit
-        records = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read(use_threads=False).to_pylist()
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True)
+        records = file.read(use_threads=False).to_pylist()
     except Exception as error:  # A flipped byte can surface as almost any error of the library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Parsed(problems=[Problem(name, f"a damaged Parquet file ({reason})")])

@@ -15,14 +15,13 @@ from typing import Any
 
 from .core import UserError, get_logger
 from .cleaning import CleaningReport, clean, without_leaks
-from .rejects import Rejects, sound_rows
+from .rejects import Rejects, read_sound
 from llmft_nb.rows import (
     LeakReport,
     Rows,
     check_classify,
     find_label_names,
     is_multi_label,
-    read_rows,
     row_labels,
     split_rows,
 )
@@ -102,9 +101,7 @@ def prepare_splits(
     rejects: Rejects | None = None,  # Takes damaged rows; None: they are an error
 ) -> Splits:  # Every row checked
     "Read, check and split; leaks are found across splits."
-    aside = rejects.take if rejects is not None else None
-    read = read_rows(data, columns, aside=aside)
-    train = all_train = sound_rows(read, lambda rows: task.check(rows, None, None), rejects)
+    train = all_train = read_sound(data, lambda rows: task.check(rows, None, None), rejects, columns=columns)
     names, carved, held_out = task.find_names(train), [], {}
     for name, given in (("test", test), ("valid", valid)):
         source = data if given is None and name in own_splits(data) else given
@@ -113,8 +110,9 @@ def prepare_splits(
             carved.append(name)
         else:
             split = name if name in own_splits(source) else "train"
-            read = read_rows(source, columns, split=split, aside=aside)
-            rows = sound_rows(read, lambda rows: task.check(rows, names or None, all_train), rejects)
+            rows = read_sound(
+                source, lambda rows: task.check(rows, names or None, all_train), rejects, columns=columns, split=split
+            )
         held_out[name] = rows
     train, report = without_leaks(train, held_out, leaks)
     if report.n_left_out:
@@ -185,16 +183,16 @@ def survey_rows(
     rejects: Rejects | None = None,  # Takes damaged rows; None: they are an error
 ) -> Survey:  # The rows with what was found
     "Read and check rows and say what is worth knowing before a run."
-    aside = rejects.take if rejects is not None else None
-    train = sound_rows(read_rows(sources[0], columns, aside=aside), lambda rows: task.check(rows, None, None), rejects)
+    train = read_sound(sources[0], lambda rows: task.check(rows, None, None), rejects, columns=columns)
     names = task.find_names(train)
     held_out = {}
     called = different_names(["train", *(describe_source(source) for source in sources[1:])])
     for source, called_so in zip(sources[1:], called[1:], strict=True):
         own = own_splits(source)
         split = next((split for split in ("test", "valid", "train") if split in own), "test")
-        read = read_rows(source, columns, split=split, aside=aside)
-        held_out[called_so] = sound_rows(read, lambda rows: task.check(rows, names or None, train), rejects)
+        held_out[called_so] = read_sound(
+            source, lambda rows: task.check(rows, names or None, train), rejects, columns=columns, split=split
+        )
     report = clean(train, held_out, name, suspects=suspects)
     counts = Counter(label for row in train for label in row_labels(row))
     findings = report.findings()

@@ -158,7 +158,10 @@ def parquet_rows(
 
     n_rows = 0
     try:
-        with pyarrow.OSFile(str(path)) as source, pyarrow.parquet.ParquetFile(source) as file:
+        with (
+            pyarrow.OSFile(str(path)) as source,
+            pyarrow.parquet.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
             names = file.schema_arrow.names
             if field not in names:
                 yield path.name, ValueError(f"no column {field!r}; there is {', '.join(names)}")
