@@ -6,6 +6,7 @@ TORCH_INDEX ?=
 NB ?=
 MODEL ?= tiny-encoder
 PYTEST_ARGS ?=
+FIGURES ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -19,7 +20,7 @@ export GOMP_SPINCOUNT ?= 1000
 UNSET := env -u IN_TEST
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab export wheel notebooks bench clean
+.PHONY: help demo test lab export wheel notebooks bench torture clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -48,6 +49,9 @@ notebooks: $(VENV)/.dev ## Run the notebooks in the student's size and store the
 
 bench: $(VENV)/.bench ## Train side by side with other trainers (MODEL=folder of all-MiniLM-L6-v2; LLMFT_DATA: data sets)
 	$(BIN)/python benchmarks/bench.py --model $(MODEL) --write
+
+torture: $(VENV)/.dev ## Kill, starve and fool runs, all figures in full; goes on where it was stopped (FIGURES=R1,D1 for some)
+	$(BIN)/python tests/torture.py --figures "$(FIGURES)"
 
 clean: ## Remove what was built; the environment and finished runs stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache nbs/.ipynb_checkpoints nbs/.last_checked

@@ -250,6 +250,34 @@ def kill_once(
     return not differing
 
 
+def make_command(
+    chosen: argparse.Namespace,  # As asked for on the command line
+    parent: Path,  # Where the rows go
+) -> list[str]:  # Arguments of `llmft`, but for the folder
+    "Cut the rows, and say what is trained on them."
+    command = ["train", *prepare_data(parent, chosen.task, chosen.rows), "--task", chosen.task]
+    command += ["--model", chosen.model, "--strategy", chosen.strategy, "--max-length", "128"]
+    command += ["--n-written", "8", "--max-new-tokens", "8"] if chosen.task == "instruct" else []
+    command += ["--epochs", str(chosen.epochs), "--batch-size", "8", "--save-every", "5", "--evals-per-epoch", "2"]
+    return [*command, "--precision", "f32", "--seed", str(chosen.seed), "--question", "May I take both?", "--json"]
+
+
+def run_alone(
+    command: list[str],  # The run's arguments
+    folder: Path,  # Its folder
+    mode: str,  # How it is started
+) -> tuple[dict[str, str], tuple[float, float]]:  # What came of it; seconds to its first file and after it
+    "A run that nobody interferes with."
+    log = folder.with_suffix(".log")
+    child = start([*command, "--out", str(folder)], log, mode)
+    while not (folder / "run.json").exists() and not child.wait(time.monotonic() + 0.002):
+        pass
+    first_s = time.monotonic() - child.started_s
+    child.wait(float("inf"))
+    assert child.status == 0, log.read_text(encoding="utf-8")
+    return outcome(folder), (first_s, time.monotonic() - child.started_s - first_s)
+
+
 def run_kills(
     chosen: argparse.Namespace,  # As asked for on the command line
     parent: Path,  # Where folders go
@@ -257,21 +285,10 @@ def run_kills(
     "The whole comparison."
     if chosen.start == "fork":
         load_modules()
-    command = ["train", *prepare_data(parent, chosen.task, chosen.rows), "--task", chosen.task]
-    command += ["--model", chosen.model, "--strategy", chosen.strategy, "--max-length", "128"]
-    command += ["--n-written", "8", "--max-new-tokens", "8"] if chosen.task == "instruct" else []
-    command += ["--epochs", str(chosen.epochs), "--batch-size", "8", "--save-every", "5", "--evals-per-epoch", "2"]
-    command += ["--precision", "f32", "--seed", str(chosen.seed), "--question", "May I take both?", "--json"]
-    alone, log = parent / "alone", parent / "alone.log"
-    child = start([*command, "--out", str(alone)], log, chosen.start)
-    while not (alone / "run.json").exists() and not child.wait(time.monotonic() + 0.002):
-        pass
-    first_s = time.monotonic() - child.started_s
-    child.wait(float("inf"))
-    times_s = (first_s, time.monotonic() - child.started_s - first_s)
-    assert child.status == 0, log.read_text(encoding="utf-8")
-    expected = outcome(alone)
-    print(f"left alone: {last_step(alone)} steps, {times_s[0]:.1f} s to the first file, {times_s[1]:.1f} s from there")
+    command = make_command(chosen, parent)
+    expected, times_s = run_alone(command, parent / "alone", chosen.start)
+    steps = last_step(parent / "alone")
+    print(f"left alone: {steps} steps, {times_s[0]:.1f} s to the first file, {times_s[1]:.1f} s from there")
     for name, value in expected.items():
         print(f"  {name:<34} {value}")
     print("kill  after, s  step  under way              again  the resumed run's end", flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import small_network, small_rows, write_jsonl
+from small import saved_network, small_rows, write_jsonl
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="llmft-cache-")  # What is measured of this machine is forgotten
@@ -30,20 +30,12 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def save_small(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Callable[..., Path]:
     "Gives the folder of a small random base model of an architecture, with the embedded tokenizer."
-    from transformers import AutoTokenizer
-
-    from llmft_nb.core import assets_folder
-
-    tokenizer = AutoTokenizer.from_pretrained(assets_folder() / "models" / "tiny")
     saved: dict[str, Path] = {}
 
     def folder_of(kind: str, **changes: Any) -> Path:
         key = json.dumps([kind, changes], sort_keys=True)
         if key not in saved:
-            folder = tmp_path_factory.mktemp(kind.lower())
-            small_network(kind, len(tokenizer), **changes).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            saved[key] = folder
+            saved[key] = saved_network(kind, tmp_path_factory.mktemp(kind.lower()), **changes)
         return saved[key]
 
     return folder_of

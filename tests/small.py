@@ -69,3 +69,15 @@ def small_network(kind: str, vocab_size: int, seed: int = 0, **changes: Any) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(transformers, f"{kind}Model")(config)
+
+
+def saved_network(kind: str, folder: Path, **changes: Any) -> Path:
+    "The folder of a small random base model with the embedded tokenizer."
+    from transformers import AutoTokenizer
+
+    from llmft_nb.core import assets_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(assets_folder() / "models" / "tiny")
+    small_network(kind, len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

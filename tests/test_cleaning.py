@@ -134,8 +134,12 @@ def test_a_broken_search_is_noticed(monkeypatch, mutant):
 
 
 def test_ten_thousand_rows_and_two_hundred_planted():
+    check_planted(3)
+
+
+def check_planted(seed):
     "Leaks into a test set: exact ones, and ones with a word or two changed; under ten seconds on one core."
-    generator = random.Random(3)
+    generator = random.Random(seed)
     words = vocabulary(generator, 3_000)
     texts = sentences(generator, 11_000, words)
     train, exam = texts[:10_000], texts[10_000:]

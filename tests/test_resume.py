@@ -152,10 +152,13 @@ def alone(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Ended
 # --- killed ---
 
 
-@pytest.mark.parametrize(("task", "n_kills"), [("classify", 3), ("tag", 2), ("instruct", 2), ("text", 2)])
-def test_killed_at_random_instants(task: str, n_kills: int, small_model: Path) -> None:
-    "The short form of `benchmarks/kill_resume.py`, with real processes and a real `kill -9`."
-    command = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--start", "fork", "--strategy", "top:1"]
+@pytest.mark.parametrize(
+    ("task", "strategy", "n_kills"),
+    [("classify", "full", 3), ("tag", "top:1", 2), ("instruct", "top:1", 2), ("text", "lora:4", 2)],
+)
+def test_killed_at_random_instants(task: str, strategy: str, n_kills: int, small_model: Path) -> None:
+    "R1 in short: `benchmarks/kill_resume.py`, with real processes and a real `kill -9`."
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--start", "fork", "--strategy", strategy]
     command += ["--task", task, "--kills", str(n_kills), "--model", str(small_model), "--rows", "160", "--epochs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -271,50 +274,68 @@ def calls_of_a_save(monkeypatch: pytest.MonkeyPatch, last: int) -> list[str]:
     return made
 
 
-def test_every_call_of_a_save_as_the_last(tmp_path: Path) -> None:
-    "Whatever a save did last, the newest whole checkpoint is found with its best weights, and the next save tidies up."
+def save_step(parent: Path, step: int) -> None:
+    "As a run does it: new best weights, then the state that speaks of them, then the tidying."
     import torch
 
-    from llmft_nb.checkpoint import checkpoint_name, find_checkpoint, load_checkpoint, missing_best, rotate_checkpoints
-    from llmft_nb.checkpoint import save_checkpoint as save
+    from llmft_nb.checkpoint import checkpoint_name, rotate_checkpoints, save_checkpoint
 
-    def save_step(parent: Path, step: int) -> None:
-        "As a run does it: new best weights, then the state that speaks of them, then the tidying."
-        tensors = {"weights.w": torch.full((100,), float(step))}
-        save(parent, checkpoint_name("best", step), tensors, {})
-        save(parent, checkpoint_name("step", step), tensors, {"step": step, "best_step": step})
-        rotate_checkpoints(parent)
+    tensors = {"weights.w": torch.full((100,), float(step))}
+    save_checkpoint(parent, checkpoint_name("best", step), tensors, {})
+    save_checkpoint(parent, checkpoint_name("step", step), tensors, {"step": step, "best_step": step})
+    rotate_checkpoints(parent)
 
-    def check(parent: Path, steps: set[int]) -> None:
-        found = find_checkpoint(parent)
-        assert found.folder is not None and found.skipped == ()
-        tensors, state = load_checkpoint(found.folder)
-        assert state["step"] in steps and set(tensors["weights.w"].tolist()) == {float(state["step"])}
-        best, _ = load_checkpoint(parent / checkpoint_name("best", state["best_step"]))
-        assert set(best["weights.w"].tolist()) == {float(state["step"])}
 
+def check_found(parent: Path, steps: set[int]) -> None:
+    "The newest whole checkpoint is one of these, and its best weights are there."
+    from llmft_nb.checkpoint import checkpoint_name, find_checkpoint, load_checkpoint
+
+    found = find_checkpoint(parent)
+    assert found.folder is not None and found.skipped == ()
+    tensors, state = load_checkpoint(found.folder)
+    assert state["step"] in steps and set(tensors["weights.w"].tolist()) == {float(state["step"])}
+    best, _ = load_checkpoint(parent / checkpoint_name("best", state["best_step"]))
+    assert set(best["weights.w"].tolist()) == {float(state["step"])}
+
+
+def calls_of_a_whole_save(parent: Path) -> list[str]:
+    "What the third save of a run asks of the system."
+    for step in (4, 8):
+        save_step(parent, step)
     with pytest.MonkeyPatch.context() as patch:
-        for step in (4, 8):
-            save_step(tmp_path / "whole", step)
-        shutil.copytree(tmp_path / "whole", tmp_path / "counted")
         made = calls_of_a_save(patch, last=0)
-        save_step(tmp_path / "counted", 12)
+        save_step(parent, 12)
+    return made
+
+
+def check_last_call(last: int, begun: bool, parent: Path) -> None:
+    "Die at a call of a save, perhaps one that an earlier attempt had begun; what is left can be gone on with."
+    import torch
+
+    from llmft_nb.checkpoint import checkpoint_name, missing_best, save_checkpoint
+
+    for step in (4, 8):
+        save_step(parent, step)
+    if begun:  # An earlier attempt at step 12 got as far as its best weights
+        save_checkpoint(parent, checkpoint_name("best", 12), {"weights.w": torch.full((100,), 12.0)}, {})
+    with pytest.MonkeyPatch.context() as patch:
+        calls_of_a_save(patch, last)
+        with contextlib.suppress(Crash):
+            save_step(parent, 12)
+    check_found(parent, {8, 12})
+    save_step(parent, 16)
+    check_found(parent, {16})
+    assert list(parent.glob(".*")) == [], last
+    assert [missing_best(path) for path in parent.glob("step-*")] == ["", ""], "either one can be gone on with"
+
+
+def test_every_call_of_a_save_as_the_last(tmp_path: Path) -> None:
+    "Whatever a save did last, the newest whole checkpoint is found with its best weights, and the next save tidies up."
+    made = calls_of_a_whole_save(tmp_path / "counted")
     assert {"write", "fsync", "replace", "mkdir", "rmdir", "unlink"} == set(made)
-    for begun in (False, True):  # True: an earlier attempt at step 12 got as far as its best weights
-        if begun:
-            save(tmp_path / "whole", checkpoint_name("best", 12), {"weights.w": torch.full((100,), 12.0)}, {})
+    for begun in (False, True):
         for last in range(1, len(made) + 9 * begun):
-            parent = tmp_path / f"{begun}-{last}"
-            shutil.copytree(tmp_path / "whole", parent)
-            with pytest.MonkeyPatch.context() as patch:
-                calls_of_a_save(patch, last)
-                with contextlib.suppress(Crash):
-                    save_step(parent, 12)
-            check(parent, {8, 12})
-            save_step(parent, 16)
-            check(parent, {16})
-            assert list(parent.glob(".*")) == [], last
-            assert [missing_best(path) for path in parent.glob("step-*")] == ["", ""], "either one can be gone on with"
+            check_last_call(last, begun, tmp_path / f"{begun}-{last}")
 
 
 # --- refused ---
