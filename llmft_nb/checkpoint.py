@@ -6,7 +6,7 @@
 __all__ = ['LOCK', 'FOLLOWS', 'ALLOWED', 'write_synced', 'write_manifest', 'remove_folder', 'save_checkpoint',
            'verify_checkpoint', 'load_checkpoint', 'Found', 'list_checkpoints', 'find_checkpoint', 'missing_best',
            'checkpoint_name', 'rotate_checkpoints', 'set_aside', 'dotted', 'flatten_optimizer', 'restore_optimizer',
-           'weights_of', 'load_weights', 'lock_holder', 'hold_folder', 'check_fingerprint', 'check_allowed']
+           'weights_of', 'load_weights', 'lock_holder', 'is_held', 'hold_folder', 'check_fingerprint', 'check_allowed']
 
 # %% ../nbs/06b_checkpoint.ipynb #ceac9b2c
 import contextlib
@@ -312,6 +312,21 @@ def lock_holder(
         return "another process holds it"
 
 
+def is_held(
+    folder: Path,  # A run's
+) -> bool:  # False where whoever held it has ended, however that was
+    "Whether a run goes on in a folder."
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
 @contextlib.contextmanager
 def hold_folder(
     folder: Path,  # A run's; made where it is missing
@@ -385,9 +400,10 @@ ALLOWED = ("train", "valid", "test", "threads", "processes", "device", "torch", 
 def check_allowed(
     names: Sequence[str],  # As a user gave them
     settings: Collection[str],  # Names of all settings
+    findings: Collection[str] = (),  # Names of what else may be allowed
 ) -> Sequence[str]:  # The same
     "See that what is allowed can differ: a run cannot go on with another base or another strategy."
-    known = sorted({*settings, *ALLOWED})
+    known = sorted({*settings, *ALLOWED, *findings})
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

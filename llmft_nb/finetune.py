@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MEASURED_RATES', 'PLANNED', 'FinishedRun', 'start_record', 'validation_scores', 'Request', 'check_request',
            'with_measured_rate', 'with_plan', 'train_model', 'finish_record', 'open_record', 'forgetting_record',
-           'build_again', 'in_place_of', 'carry_out', 'finetune', 'training_view', 'evaluate_predictor']
+           'build_again', 'carry_out', 'finetune', 'training_view', 'evaluate_predictor']
 
 # %% ../nbs/10a_finetune.ipynb #7e510b46
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from .forgetting import general_texts, measure_forgetting
 from .hparams import TrainSettings, head_lr, resolve_settings
 from .inference import head_inputs
 from .modeling import TunableModel
-from .movement import compare_models, moved_record
+from .movement import compare_models, in_place_of, moved_record
 from .plan_check import Meter, check_plan, plan_run
 from .planning import Plan, chose_micro_batch, refuse_plan
+from .preflight import FINDINGS, preflight, stop_at, tell_preflight
 from .predict import Predictor, load_predictor
 from .rejects import Rejects, rejects_of
 from .report import write_report
@@ -110,6 +111,8 @@ class Request:
     resume: bool  # Go on with the run in the folder
     earlier: RunRecord | None  # Its record, if there is one
     allow: tuple[str, ...] = ()  # Names of what may differ from the run that is gone on with
+    strict: bool = False  # Whether warnings end the run before it begins
+    findings: tuple[str, ...] = ()  # Names of those that do not
     reading: dict[str, Any] = field(default_factory=dict)  # How the rows are read: "columns" and "policy"
 
 # %% ../nbs/10a_finetune.ipynb #b094669c
@@ -126,7 +129,8 @@ def check_request(
     resume: bool,  # Go on with the run there
     config: Mapping[str, Any] | None,  # Settings read from a file
     arguments: Mapping[str, Any],  # Settings from the caller
-    allow: Sequence[str] = (),  # Names of what may differ from the run that is gone on with
+    allow: Sequence[str] = (),  # Names of what may differ from the run that is gone on with, and of findings
+    strict: bool = False,  # Whether warnings end the run before it begins
 ) -> Request:  # Ready to be carried out
     "Understand what was asked for, before anything is read or loaded."
     if choices["task"] not in TASKS:
@@ -137,6 +141,8 @@ def check_request(
     settings, origins = resolve_settings(
         strategy, task=choices["task"], model_lr=model_lr, config=config, arguments=arguments
     )
+    findings = tuple(name for name in allow if name in FINDINGS)
+    differing = check_allowed([name for name in allow if name not in findings], vars(settings), FINDINGS)
     earlier = prepare_folder(folder, resume)
     if earlier is not None:
         for name in (*MEASURED_RATES.values(), PLANNED):
@@ -144,8 +150,8 @@ def check_request(
                 settings = dataclasses.replace(settings, **{name: earlier.settings[name]})
                 origins[name] = earlier.origins[name]
         present = asdict(settings) | {name: value for name, value in choices.items() if name != "task"}
-        check_fingerprint(earlier.settings, present, allow=["save_every", *check_allowed(allow, vars(settings))])
-    return Request(folder, model, settings, origins, choices, resume, earlier, tuple(allow))
+        check_fingerprint(earlier.settings, present, allow=["save_every", *differing])
+    return Request(folder, model, settings, origins, choices, resume, earlier, tuple(differing), strict, findings)
 
 # %% ../nbs/10a_finetune.ipynb #10a0c002
 def with_measured_rate(
@@ -270,24 +276,6 @@ def build_again(
     finally:
         logger.setLevel(level)
 
-# %% ../nbs/10a_finetune.ipynb #10a0e002
-@contextlib.contextmanager
-def in_place_of(
-    model: TunableModel,  # Back in its place afterwards
-    other: TunableModel,  # On the CPU, or where the model is
-) -> Iterator[None]:
-    "For a while another model is where a model was."
-    place, home = (next(one.parameters()).device for one in (model, other))
-    if place != home:
-        model.to(home)
-        other.to(place)
-    try:
-        yield
-    finally:
-        if place != home:
-            other.to(home)
-            model.to(place)
-
 # %% ../nbs/10a_finetune.ipynb #54f4b40d
 def carry_out(
     request: Request,  # What was asked for
@@ -310,12 +298,13 @@ def carry_out(
     record = start_record(splits, task, model, request.settings, request.origins, request.choices)
     record.plan.update(planned.as_record() if planned else {})
     record.data.update(request.reading, tokens=train.audit.describe())
-    if getattr(train.audit, "n_truncated", 0):
-        get_logger("finetune").warning("training rows: %s", train.audit.describe())
     if rejects:
-        get_logger("finetune").warning("%s", rejects.describe())
         record.notes.append(f"{rejects.describe()} (rejects.jsonl)")
         record.data["n_rejected"] = len(rejects)
+    checks = preflight(folder, splits, train, model, request.settings, planned, rejects)
+    stop_at(checks, request.strict, request.findings)
+    record.checks.extend(map(asdict, checks))
+    tell_preflight(checks, as_table=callbacks is None and sys.stderr.isatty())
     make_accelerator(request.settings.precision, trackers, folder)  # A tracker that is not there is heard of now
     open_record(request, record)
     if rejects:
@@ -371,7 +360,10 @@ def finetune(
     bad_rows: str = "error",  # "error", or "quarantine": set them aside in `rejects.jsonl` and go on
     config: Mapping[str, Any] | None = None,  # Settings read from a file
     resume: bool = False,  # Go on with the run in `out`
-    allow: Sequence[str] = (),  # Names of what may differ from the run that is gone on with, e.g. "lr"
+    strict: bool = False,  # Whether what is doubtful ends the run before its first step
+    allow: Sequence[
+        str
+    ] = (),  # Findings that do not, e.g. "copies"; what may differ from the run gone on with, e.g. "lr"
     prompt_template: str | None = None,  # Makes a prompt of several columns, e.g. "{instruction}\n{input}"
     system: str | None = None,  # What every conversation begins with
     question: str | None = None,  # A text to ask before and after
@@ -386,7 +378,7 @@ def finetune(
     given = {name: text for name, text in options.items() if text is not None}
     choices = {"task": task, "strategy": strategy, "init": init, **given}
     with claim_folder(out, resume) as folder:
-        request = check_request(choices, model, folder, resume, config, settings, allow)
+        request = check_request(choices, model, folder, resume, config, settings, allow, strict)
         request.reading.update(columns=dict(columns or {}), policy=leaks)
         if request.earlier is not None and request.earlier.status == "finished":
             if not {"report.html", "README.md"} <= {path.name for path in request.folder.iterdir()}:

@@ -129,12 +129,13 @@ def saved_bytes(
 def check_disk(
     folder: Path,  # Where a run writes
     needed: int,  # Bytes
-) -> None:
+) -> int:  # Bytes that are free
     "See that there is room for what a run saves."
     free = shutil.disk_usage(folder).free
     if free < needed:
         why = f"a checkpoint, the best weights and the model need {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
         raise UserError("the disk is too full for this run", where=str(folder), why=why, mend="make room there")
+    return free
 
 # %% ../nbs/06d_guards.ipynb #06d90016
 FAR, N_FAR = 3.0, 3  # Times the first logged loss, and how often in a row

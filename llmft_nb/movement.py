@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ODD', 'BITS_AS', 'NOTHING', 'bits_sum', 'fingerprint', 'PartMoved', 'squared_length', 'compare_weights', 'Watch',
-           'compare_models', 'moved_in_short', 'moved_record', 'moved_words']
+           'compare_models', 'moved_in_short', 'moved_record', 'moved_words', 'in_place_of']
 
 # %% ../nbs/03d_movement.ipynb #3d000004
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -196,3 +197,21 @@ def moved_words(
         how_far = "from zero" if line["change"] is None else f"{line['change']:.2%}"
         table.append((line["name"], moved, how_far if line["n_moved"] else "–"))
     return table
+
+# %% ../nbs/03d_movement.ipynb #10a0e002
+@contextlib.contextmanager
+def in_place_of(
+    model: torch.nn.Module,  # Back in its place afterwards
+    other: torch.nn.Module,  # On the CPU, or where the model is
+) -> Iterator[None]:
+    "For a while another model is where a model was."
+    place, home = (next(one.parameters()).device for one in (model, other))
+    if place != home:
+        model.to(home)
+        other.to(place)
+    try:
+        yield
+    finally:
+        if place != home:
+            other.to(home)
+            model.to(place)

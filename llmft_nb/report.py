@@ -264,6 +264,7 @@ def page_values(
         "data_name": data_name(data),
         "notice": data.get("notice", ""),
         "notes": record.get("notes") or [],
+        "checks": record.get("checks") or [],
         "label_names": data.get("label_names", []),
         "validation": scores.get("validation"),
         "valid_score": validation_words(scores.get("validation") or {}, headline),

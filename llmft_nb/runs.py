@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import merge_adapters, save_adapters
-from .checkpoint import hold_folder, remove_folder
+from .checkpoint import hold_folder, is_held, remove_folder
 from .core import RunRecord, UserError, get_logger, probe_device, read_record, write_atomic
 from .modeling import TunableModel
 
@@ -148,7 +148,7 @@ def list_runs(
         lines.append(
             {
                 "run": path.parent.name,
-                "status": record.status,
+                "status": "stopped" if record.status == "running" and not is_held(path.parent) else record.status,
                 "task": record.task,
                 "data": record.data.get("source"),
                 "model": record.model.get("name"),
