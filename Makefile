@@ -7,6 +7,8 @@ NB ?=
 MODEL ?= tiny-encoder
 PYTEST_ARGS ?=
 FIGURES ?=
+# Test files at once, each with one thread
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,8 +30,8 @@ help: ## Show this list
 demo: $(VENV)/.base ## Fine-tune the embedded model, full and partial, and show the question before and after
 	$(BIN)/llmft demo
 
-test: $(VENV)/.dev ## Check the house, run every notebook in its miniature size, then the other tests
-	$(UNSET) $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.dev ## Check the house, run every notebook in its miniature size, and the other tests (JOBS=0: one after another)
+	$(UNSET) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lab: $(VENV)/.dev ## Open JupyterLab on the tour
 	$(BIN)/jupyter lab nbs/index.ipynb

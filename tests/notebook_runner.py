@@ -22,7 +22,7 @@ import notebooks
 import outputs
 
 CELL_TIMEOUT_S = 300
-SECONDS = pytest.StashKey[dict[str, float]]()
+SECONDS: dict[str, float] = {}  # By notebook
 
 
 class Failure(Exception):
@@ -51,7 +51,6 @@ class NotebookFile(pytest.File):
         if not self.is_run:
             self.is_run = True
             notebooks.execute(self.run, notebooks.environment(IN_TEST="1"), CELL_TIMEOUT_S)
-            self.config.stash[SECONDS][self.path.stem] = self.run.seconds
         return self.run
 
 
@@ -59,6 +58,15 @@ class NotebookCase(pytest.Item):
     "One thing a notebook's run shows."
 
     parent: NotebookFile
+
+    def runtest(self) -> None:
+        run = self.parent.finished()
+        self.user_properties.append(("seconds of the notebook", run.seconds))
+        self.judge(run)
+
+    def judge(self, run: notebooks.Run) -> None:
+        "Raise a `Failure` where the run shows a fault."
+        raise NotImplementedError
 
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, 0, f"{self.path.stem}: {self.name}"
@@ -76,8 +84,7 @@ class CellCase(NotebookCase):
         if cell.state == "skipped":
             self.add_marker(pytest.mark.skip(reason=f"cells marked {cell.why} do not run under test"))
 
-    def runtest(self) -> None:
-        run = self.parent.finished()
+    def judge(self, run: notebooks.Run) -> None:
         if self.cell.state == "failed":
             raise Failure(f"this cell of {self.path.name} failed:\n\n{self.cell.source}\n\n{self.cell.why}")
         if self.cell.state == "not reached":
@@ -87,8 +94,7 @@ class CellCase(NotebookCase):
 class WholeCase(NotebookCase):
     "The run reaches the notebook's end."
 
-    def runtest(self) -> None:
-        run = self.parent.finished()
+    def judge(self, run: notebooks.Run) -> None:
         cell = run.stopped_at
         if cell and cell.asserts:
             raise Failure(f"{self.path.name} {run.trouble}; the cell's own case shows it")
@@ -99,8 +105,7 @@ class WholeCase(NotebookCase):
 class FreshCase(NotebookCase):
     "What is stored is what the run gave, or the whole notebook is cleared."
 
-    def runtest(self) -> None:
-        run = self.parent.finished()
+    def judge(self, run: notebooks.Run) -> None:
         found = unclean(run) + stale(run)
         if found:
             raise Failure("\n\n".join(found))
@@ -133,17 +138,20 @@ def stale(run: notebooks.Run) -> list[str]:
     return found
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SECONDS] = {}
-
-
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> NotebookFile | None:
     if file_path.suffix == ".ipynb" and ".ipynb_checkpoints" not in file_path.parts:
         return NotebookFile.from_parent(parent, path=file_path)
     return None
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if seconds := config.stash[SECONDS]:
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    "Also where the tests run in other processes, reports come here."
+    for name, seconds in report.user_properties:
+        if name == "seconds of the notebook":
+            SECONDS[Path(report.nodeid.partition("::")[0]).stem] = float(seconds)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if SECONDS:
         terminalreporter.section("seconds of each notebook, in its miniature size")
-        terminalreporter.write_line(notebooks.seconds_table(seconds))
+        terminalreporter.write_line(notebooks.seconds_table(dict(sorted(SECONDS.items()))))
