@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_JSON', 'KINDS', 'CONFIGS', 'CODE_KEYS', 'PICKLE_NAMES', 'MOST_FILES', 'MOST_HEADER', 'WIDTHS', 'Tensors',
            'damaged', 'read_json', 'code_keys', 'check_code', 'is_pickle', 'find_pickles', 'tensor_table',
-           'check_index', 'folder_tensors', 'asked_weights', 'check_size', 'check_artefacts']
+           'check_index', 'folder_tensors', 'asked_weights', 'check_size', 'refuse_torn', 'check_artefacts']
 
 # %% ../nbs/02_artefacts.ipynb #02af0004
 import json
@@ -201,6 +201,23 @@ def check_size(
         why = f"its sizes ask for {needed / 1e9:,.0f} GB in f32, this machine has {there / 1e9:,.0f}"
         mend = "take a smaller one, or mend its config.json"
         raise UserError("this model is too large", where=where, why=why, mend=mend)
+
+# %% ../nbs/02_artefacts.ipynb #02af0022
+def refuse_torn(
+    name: str,  # The model's, for the message
+    prefix: str,  # That names of the base's tensors begin with, e.g. "model"
+    loaded: Mapping[str, Any],  # What transformers tells: "missing_keys", "mismatched_keys" (name, shape there, wanted)
+) -> None:
+    "Refuse a checkpoint that lacks some of its base, or has it in another shape."
+    missing = sorted(key for key in loaded["missing_keys"] if key.startswith(f"{prefix}.") and ".pooler." not in key)
+    words = [f"{key} is missing" for key in missing]
+    words += [f"{key} is {list(there)}, not {list(wanted)}" for key, there, wanted in sorted(loaded["mismatched_keys"])]
+    if words:
+        more = f", and {len(words) - 3} more" if len(words) > 3 else ""
+        mend = f"download it again, or take another conversion of it; llmft check {name} looks at all of it"
+        why = f"they would be drawn at random: {'; '.join(words[:3])}{more}"
+        what = f"{len(words)} {'tensor is' if len(words) == 1 else 'tensors are'} not in its files as they should be"
+        raise UserError(what, where=f"model {name}", why=why, mend=mend)
 
 # %% ../nbs/02_artefacts.ipynb #02af001b
 def check_artefacts(

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from .artefacts import check_size
+from .artefacts import check_size, refuse_torn
 from .bases import ModelSource, base_config, find_model, load_tokenizer, quiet_loading, reads_both_sides
 from .core import UserError, probe_device, stream_seed
 from .tokens import special_ends
@@ -67,6 +67,7 @@ def load_network(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # They are refused below, by their names
                 **({"quantization_config": four_bit_config(source, kind)} if four_bit else {}),
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -76,6 +77,7 @@ def load_network(
             where=source.location,
             mend="see that its files are whole and its architecture has such a head in transformers",
         ) from error
+    refuse_torn(source.name, network.base_model_prefix, info)
     return network, set(info["missing_keys"])
 
 # %% ../nbs/02b_modeling.ipynb #166e7c69

@@ -315,3 +315,26 @@ def test_sizes_are_counted_before_anything_is_made(save_small: Callable[..., Pat
     with pytest.raises(UserError, match="too large"):
         check_size(config, "model", n_bytes=4 * asked_weights(config) - 1)
     check_artefacts(Path(source.location))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda weights, name: weights.pop(name), r"{name} is missing"),
+        (lambda weights, name: weights.update({name: torch.ones(3, 64)}), r"{name} is \[3, 64\], not \["),
+    ],
+    ids=["missing", "misshaped"],
+)
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_a_base_that_is_not_whole_is_not_trained(
+    kind: str, spoil: Any, told: str, save_small: Callable[..., Path], small_files: Path, tmp_path: Path
+) -> None:
+    "Only a head may be drawn at random; the tensor is named, and nothing is written."
+    folder = shutil.copytree(save_small(kind), tmp_path / "model")
+    found = load_file(folder / "model.safetensors")
+    name = next(name for name in found if "layers.1" in name or ("layer.1" in name and name.endswith("weight")))
+    spoil(found, name)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=told.format(name=rf"\S*{name}".replace(".", r"\."))) as caught:
+        finetune(small_files / "train.jsonl", model=folder, out=tmp_path / "run")
+    assert "llmft check" in caught.value.mend and not (tmp_path / "run").exists()
