@@ -302,6 +302,10 @@ def check(
     card: Annotated[Path | None, typer.Option(help="Write a data card to this file: .html or .md.")] = None,
     model: Annotated[str | None, typer.Option(help="Whose tokenizer: says whose answers would be cut away.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row, with --model.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 2 where anything was found.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A finding that --strict lets pass, e.g. near-copies.")
+    ] = None,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
@@ -312,9 +316,11 @@ def check(
             show_checks(data[0], as_json)
             return
         from llmft_nb.audit import length_report
+        from llmft_nb.checkpoint import check_allowed
         from llmft_nb.data_card import card_is_markdown, survey_record, write_data_card
         from llmft_nb.finetune import training_view
         from llmft_nb.hparams import TrainSettings
+        from llmft_nb.preflight import FINDINGS, stop_at, survey_checks
         from llmft_nb.rejects import rejects_of
         from llmft_nb.splits import survey_rows
         from llmft_nb.tasks import make_task
@@ -323,6 +329,7 @@ def check(
             card_is_markdown(card)  # A wrong ending is heard of before the rows are read
         if model is None and max_length is not None:
             raise UserError("a limit without a tokenizer", where=f"--max-length {max_length}", mend="name --model too")
+        check_allowed(allow or (), FINDINGS)
         asked = make_task(task, TrainSettings(), {"prompt_template": prompt_template} if prompt_template else {})
         aside = rejects_of("quarantine" if rejects is not None else bad_rows)
         options: dict[str, Any] = {"task": asked.rows, "name": task, "suspects": label_errors, "rejects": aside}
@@ -337,6 +344,7 @@ def check(
             write_data_card(card, survey, lengths)
         lines = [f"{name.replace('_', ' '):<24} {words}" for name, words in found["findings"].items()]
         print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines))
+        stop_at(survey_checks(survey, lengths), strict, allow or ())
 
 # %% ../nbs/10c_cli.ipynb #2ba755e3
 @app.command()

@@ -30,7 +30,7 @@ from .modeling import TunableModel
 from .movement import compare_models, in_place_of, moved_record
 from .plan_check import Meter, check_plan, plan_run
 from .planning import Plan, chose_micro_batch, refuse_plan
-from .preflight import FINDINGS, preflight, stop_at, tell_preflight
+from .preflight import FINDINGS, check_model_weights, preflight, stop_at, tell_preflight
 from .predict import Predictor, load_predictor
 from .rejects import Rejects, rejects_of
 from .report import write_report
@@ -291,7 +291,8 @@ def carry_out(
     rejects: Rejects | None,  # Rows that were set aside
 ) -> FinishedRun:  # The run's folder and record
     "Train, validate, test, save."
-    folder = request.folder
+    folder, weights = request.folder, check_model_weights(model)
+    stop_at([weights])  # Before anything is computed with them
     train, valid = (task.dataset(rows, model, splits.label_names) for rows in (splits.train, splits.valid))
     request = with_measured_rate(request, model, train)
     request, planned = with_plan(request, model, train, valid)
@@ -301,7 +302,7 @@ def carry_out(
     if rejects:
         record.notes.append(f"{rejects.describe()} (rejects.jsonl)")
         record.data["n_rejected"] = len(rejects)
-    checks = preflight(folder, splits, train, model, request.settings, planned, rejects)
+    checks = preflight(folder, splits, train, model, request.settings, planned, rejects, weights)
     stop_at(checks, request.strict, request.findings)
     record.checks.extend(map(asdict, checks))
     tell_preflight(checks, as_table=callbacks is None and sys.stderr.isatty())

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW_LABELLED', 'FEW_SCORED', 'FINDINGS', 'check_rows', 'check_labels', 'check_copies', 'check_leaks',
-           'check_model_weights', 'check_room', 'check_lengths', 'preflight', 'tell_preflight', 'stop_at']
+           'check_model_weights', 'check_room', 'check_lengths', 'preflight', 'tell_preflight', 'stop_at',
+           'survey_checks']
 
 # %% ../nbs/09g_preflight.ipynb #09f10004
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .audit import LengthReport
 from .cleaning import plain_rows
 from .core import UserError, get_logger, probe_device
 from .data import TokenDataset
@@ -28,6 +30,7 @@ from .pages import duration
 from .planning import Plan, refuse_plan
 from .rejects import Rejects
 from .rows import Rows, duplicate_rows, row_labels
+from .splits import Survey
 
 # %% ../nbs/09g_preflight.ipynb #09f10008
 FEW_LABELLED = 5  # Rows of a label from which little is learnt
@@ -124,7 +127,8 @@ def check_model_weights(
         n_free += weight.numel() * weight.requires_grad
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             words = f"{int((~torch.isfinite(weight)).sum()):,} numbers of {name} are not finite"
-            return Check("weights", "refused", words, "llmft check looks at all of the model; download it again")
+            mend = f"download the model again; llmft check {model.source.name} names the file"
+            return Check("weights", "refused", words, mend)
     return Check("weights", "ok", f"{n_weights:,}, all finite; {n_free:,} may move")
 
 
@@ -174,12 +178,13 @@ def preflight(
     settings: TrainSettings,  # Every number
     plan: Plan | None = None,  # What the run takes
     rejects: Rejects | None = None,  # Rows that were set aside
+    weights: Check | None = None,  # What `check_model_weights` said; None: it is asked
 ) -> list[Check]:  # In the order of the table
     "Look at all that a run depends on."
     source = model.source
     found = [Check("model", "ok", f"{source.name}, {type(model.network).__name__}, licence {source.licence}")]
     found += [Check("tokenizer", "ok", f"mended: {words}") for words in model.mended]
-    found.append(check_model_weights(model))
+    found.append(weights or check_model_weights(model))
     found += check_rows(splits, rejects, settings.batch_size)
     found.append(check_lengths(train))
     return [*found, *check_room(folder, model, plan)]
@@ -208,15 +213,8 @@ def tell_preflight(
 
 # %% ../nbs/09g_preflight.ipynb #09f10015
 FINDINGS = (
-    "few-rows",
-    "set-aside",
-    "few-labels",
-    "copies",
-    "contradictions",
-    "leaks",
-    "near-leaks",
-    "cut-rows",
-    "memory",
+    *("few-rows", "set-aside", "few-labels", "copies", "contradictions", "leaks", "near-leaks", "cut-rows", "memory"),
+    *("near-copies", "label-errors"),  # Which `llmft check` looks for, not a run
 )
 
 
@@ -235,3 +233,30 @@ def stop_at(
     allowed = [f"--allow {one.name}" for one in against if one.status == "warning"]
     mend = "mend it" + (f", or say {' '.join(allowed)}" if allowed else "")
     raise UserError(f"this run should not begin:{lines}", where="--strict" if strict else "preflight", mend=mend)
+
+# %% ../nbs/09g_preflight.ipynb #09f10022
+def survey_checks(
+    survey: Survey,  # Rows, and what was found in them
+    lengths: LengthReport | None = None,  # What a limit would cut; None: it was not looked for
+) -> list[Check]:  # Warnings alone; [] for rows without a fault
+    "What a survey found, as a run would warn of it."
+    report, found = survey.report, list[Check]()
+
+    def warn(name: str, n: int, words: str, mend: str) -> None:
+        if n:
+            found.append(Check(name, "warning", f"{n:,} {words}", mend))
+
+    for name, matches, words in (
+        ("copies", report.copies, "training rows repeat another"),
+        ("leaks", report.leaks, "rows held out repeat a training row"),
+    ):
+        n_near = sum(match.kind == "near" for match in matches)
+        warn(name, len(matches) - n_near, words, "leave them out")
+        warn(f"near-{name}", n_near, f"{words}, nearly", "look at them on the card (--card)")
+    if survey.rejects:
+        warn("set-aside", len(survey.rejects), "damaged lines", "mend them")
+    if report.task != "instruct":  # A prompt may have several answers
+        warn("contradictions", len(report.conflicts), "texts with two answers", "decide which is right")
+    warn("label-errors", len(report.suspects or ()), "labels to look at", "look at them on the card (--card)")
+    warn("cut-rows", lengths.n_cut if lengths else 0, "rows lose some of their answer", "set a larger --max-length")
+    return found + [one for one in check_labels(survey.train) if one.status == "warning"]

@@ -124,8 +124,9 @@ def test_a_person_sees_the_table(files: dict[str, Path], small_model: Path, tmp_
     assert "2 of 68 rows repeat a text" in text
 
 
+@pytest.mark.parametrize("strategy", ["full", "head"])
 def test_a_number_that_is_none_ends_a_run_before_it_begins(
-    files: dict[str, Path], small_model: Path, tmp_path: Path
+    strategy: str, files: dict[str, Path], small_model: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(small_model, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
@@ -133,7 +134,7 @@ def test_a_number_that_is_none_ends_a_run_before_it_begins(
     weights[name][0, 0] = float("inf")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"weights: 1 numbers of .*up_proj.* are not finite"):
-        finetune(files["train"], **options(files, model, tmp_path / "run"))
+        finetune(files["train"], strategy=strategy, **options(files, model, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -163,3 +164,20 @@ def test_every_warning_can_be_allowed_by_its_name(files: dict[str, Path], small_
     run = finetune(files["train"], **options(files, small_model, tmp_path / "run"))
     assert set(warnings_of(run.folder)) <= set(FINDINGS)
     stop_at([], strict=True)
+
+
+def test_the_check_of_rows_can_end_a_pipeline(files: dict[str, Path]) -> None:
+    command = ["check", str(files["train"]), str(files["valid"])]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    told = CliRunner().invoke(app, [*command, "--strict"])
+    assert told.exit_code == 2 and "copies: 2 training rows repeat another" in told.stderr
+    assert "contradictions: 1 texts with two answers" in told.stderr and "leaks: 1 rows held out" in told.stderr
+    assert "copies " in told.stdout, "what was found is shown all the same"
+    names = [word for word in told.stderr.split("mend: ")[1].split() if word in FINDINGS]
+    assert "near-copies" in names
+    allow = [part for name in names for part in ("--allow", name)]
+    assert CliRunner().invoke(app, [*command, "--strict", *allow]).exit_code == 0
+    told = CliRunner().invoke(app, [*command, "--strict", *allow[2:], "--json"])
+    assert told.exit_code == 2 and json.loads(told.stderr)["error"]["mend"].endswith(f"--allow {names[0]}")
+    told = CliRunner().invoke(app, [*command, "--allow", "lr"])
+    assert told.exit_code == 2 and "this cannot be allowed" in told.stderr
