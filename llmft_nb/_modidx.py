@@ -1295,6 +1295,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmft_nb.task.Task.predictor': ('task.html#task.predictor', 'llmft_nb/task.py'),
                                'llmft_nb.task.Task.prepare': ('task.html#task.prepare', 'llmft_nb/task.py'),
                                'llmft_nb.task.Task.score': ('task.html#task.score', 'llmft_nb/task.py'),
+                               'llmft_nb.task.clean_rows': ('task.html#clean_rows', 'llmft_nb/task.py'),
                                'llmft_nb.task.make_loss_evaluate': ('task.html#make_loss_evaluate', 'llmft_nb/task.py'),
                                'llmft_nb.task.plain_score': ('task.html#plain_score', 'llmft_nb/task.py')},
             'llmft_nb.tasks': { 'llmft_nb.tasks.make_task': ('tasks.html#make_task', 'llmft_nb/tasks.py'),

@@ -29,7 +29,7 @@ from llmft_nb.scores import (
     worst_harm_rate,
 )
 from .splits import Splits
-from .task import Task
+from .task import Task, clean_rows
 from .validation import classification_scores
 
 # %% ../nbs/09c_classify.ipynb #64eb88e4
@@ -168,11 +168,9 @@ class ClassifyTask(Task):
         "Score the tuned model on the test rows, beside the baselines."
         labels = [answer["label"] for answer in answers]
         scores = judge(splits.test, labels, before, splits.train, splits.label_names)
-        seen = set(splits.leaks.seen.get("test", []))
-        if seen and len(seen) < len(labels):
+        if clean := clean_rows(splits):
             right = right_answers([row["label"] for row in splits.test], labels)
-            n_right = sum(bool(right[i]) for i in range(len(labels)) if i not in seen)
-            scores["clean"] = {"accuracy": asdict(score_share(n_right, len(labels) - len(seen)))}
+            scores["clean"] = {"accuracy": asdict(score_share(sum(bool(right[i]) for i in clean), len(clean)))}
         return scores
 
     def prediction_lines(

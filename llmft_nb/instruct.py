@@ -23,7 +23,7 @@ from .resampling import PERPLEXITY, mean_score, paired_permutation, perplexity_s
 from .rows import Rows, row_text
 from .scores import score_share
 from .splits import Splits, TaskRows
-from .task import Task, plain_score
+from .task import Task, clean_rows, plain_score
 
 # %% ../nbs/09c_instruct.ipynb #6471ca5c
 def evenly(
@@ -201,7 +201,12 @@ class InstructTask(Task):
         if len(splits.train):
             others["answer of the nearest training question"] = nearest_answers(splits.train, splits.test.subset(some))
         references = [answer_of(splits.test[i]) for i in some]
-        found = judge_answers(references, [answers[i]["completion"] for i in some], others)
+        written = [answers[i]["completion"] for i in some]
+        found = judge_answers(references, written, others)
+        unseen = set(clean_rows(splits))
+        if clean := [k for k, i in enumerate(some) if i in unseen]:
+            never_seen = judge_answers([references[k] for k in clean], [written[k] for k in clean], {})
+            found["clean"] = {"token_f1": never_seen["token_f1"]}
         found |= judge_losses(answers, before.get("untuned base", []))
         n_endless = sum(not answers[i]["finished"] for i in some)
         return found | {"endless": asdict(score_share(n_endless, len(some)))}

@@ -47,7 +47,9 @@ def check_rows(
     known = {name: len(rows) for name, rows in sizes.items() if isinstance(rows, Rows)}
     if known:
         carved = f", {' and '.join(splits.carved)} taken from the first" if splits.carved else ""
-        words = ", ".join(f"{name} {n:,}" for name, n in known.items()) + carved
+        lost = {"set aside": len(rejects or ()), "left out as leaks": getattr(splits.leaks, "n_left_out", 0)}
+        filtered = ", ".join(f"{n:,} {why}" for why, n in lost.items() if n)
+        words = ", ".join(f"{name} {n:,}" for name, n in known.items()) + carved + (f"; {filtered}" if filtered else "")
         few = [name for name in ("valid", "test") if known.get(name, FEW_SCORED) < FEW_SCORED]
         if known.get("train", batch_size) < batch_size:
             yield Check("few-rows", "warning", f"{words}: not one whole step of {batch_size}", "give more rows")

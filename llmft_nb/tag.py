@@ -24,7 +24,7 @@ from .span_scores import kind_scores, span_counts, span_scores
 from .splits import Splits, TaskRows
 from .tagging import TagDataset, join_windows
 from .tags import check_tag, find_tag_names, repair_tags, tag_scheme, tag_spans
-from .task import Task, plain_score
+from .task import Task, clean_rows, plain_score
 
 # %% ../nbs/09c_tag.ipynb #03530912
 def make_tag_evaluate(
@@ -155,7 +155,12 @@ class TagTask(Task):
         others = {name: [answer["tags"] for answer in said] for name, said in before.items()}
         if len(splits.train):
             others["dictionary of training words"] = dictionary_baseline(splits.train, splits.test)
-        return judge_tags(true, [answer["tags"] for answer in answers], others, tag_scheme(splits.label_names))
+        tags, scheme = [answer["tags"] for answer in answers], tag_scheme(splits.label_names)
+        found, clean = judge_tags(true, tags, others, scheme), clean_rows(splits)
+        if any(set(true[i]) != {"O"} for i in clean):
+            never_seen = judge_tags([true[i] for i in clean], [tags[i] for i in clean], {}, scheme)
+            found["clean"] = {"span_f1": never_seen["span_f1"]}
+        return found
 
     def prediction_lines(
         self,

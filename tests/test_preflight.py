@@ -52,6 +52,7 @@ def test_a_run_tells_and_goes_on(files: dict[str, Path], small_model: Path, tmp_
     assert found["leaks"].startswith(
         "1 row held out too, 1 training row left out (first train.jsonl:69 is valid.jsonl:5"
     )
+    assert found["few-rows"].startswith("train 68, valid 32, test 32; 1 left out as leaks; scores may be off")
     assert "valid by 17 points, test by 17 points" in found["few-rows"]
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "Looked at before the first step" in page and "1 text with two answers" in page
