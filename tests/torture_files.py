@@ -435,7 +435,7 @@ def packed(chance: random.Random, kind: str, rows: list[Row]) -> Case:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, write_page_checksum=True)
         data = file.getvalue().to_pybytes()
     data = gzip.compress(data, mtime=0) if form.endswith("gz") else data
-    task = "text" if form == "txt" else "classify"
+    task = "text" if form == "txt" or (form == "parquet" and chance.random() < 0.5) else "classify"
     case = Case(task, f"train.{form}", turn_bytes(data, chance), [f"by chance, {form}"], is_free=True)
     case.kept = rows if form == "parquet" or form.endswith("gz") else None
     return case
