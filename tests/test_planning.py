@@ -291,6 +291,7 @@ def test_plan_takes_what_train_takes() -> None:
     asked = set(signature(finetune).parameters) - {
         "out",
         "allow",
+        "strict",
         "resume",
         "question",
         "general",
