@@ -113,6 +113,7 @@ class Request:
     allow: tuple[str, ...] = ()  # Names of what may differ from the run that is gone on with
     strict: bool = False  # Whether warnings end the run before it begins
     findings: tuple[str, ...] = ()  # Names of those that do not
+    same_as: Mapping[str, str] = field(default_factory=dict)  # Fingerprints of rows and base of the run it repeats
     reading: dict[str, Any] = field(default_factory=dict)  # How the rows are read: "columns" and "policy"
 
 # %% ../nbs/10a_finetune.ipynb #b094669c
@@ -245,6 +246,7 @@ def open_record(
     record: RunRecord,  # Of the run about to start
 ) -> None:
     "Write a new run's record; of a run that goes on, see that rows and model are the same."
+    check_fingerprint(request.same_as, {name: record.fingerprint[name] for name in request.same_as}, request.allow)
     if request.earlier is not None:
         check_fingerprint(request.earlier.fingerprint, record.fingerprint, request.allow)
         return
@@ -365,6 +367,7 @@ def finetune(
     allow: Sequence[
         str
     ] = (),  # Findings that do not, e.g. "copies"; what may differ from the run gone on with, e.g. "lr"
+    same_as: Mapping[str, str] | None = None,  # Fingerprints of the run that this one is to repeat
     prompt_template: str | None = None,  # Makes a prompt of several columns, e.g. "{instruction}\n{input}"
     system: str | None = None,  # What every conversation begins with
     question: str | None = None,  # A text to ask before and after
@@ -380,6 +383,7 @@ def finetune(
     choices = {"task": task, "strategy": strategy, "init": init, **given}
     with claim_folder(out, resume) as folder:
         request = check_request(choices, model, folder, resume, config, settings, allow, strict)
+        request = dataclasses.replace(request, same_as=dict(same_as or {}))
         request.reading.update(columns=dict(columns or {}), policy=leaks)
         if request.earlier is not None and request.earlier.status == "finished":
             if not {"report.html", "README.md"} <= {path.name for path in request.folder.iterdir()}:

@@ -123,7 +123,7 @@ def comment_lines(source: str) -> set[int]:
 
 
 def help_lines(tree: ast.Module) -> set[int]:
-    "The last lines of parameters that a command explains by `help=…` in their type, or in a type of the module."
+    "The last lines of parameters that a command explains by `help=…` in their type, or in a type of the package."
 
     def helps(node: ast.expr | None) -> bool:
         parts = list(ast.walk(node)) if node else []
@@ -134,6 +134,8 @@ def help_lines(tree: ast.Module) -> set[int]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and helps(node.value):
             helping |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            helping |= {name.asname or name.name for name in node.names} & explained_types(node.module or "")
     lines = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -141,6 +143,20 @@ def help_lines(tree: ast.Module) -> set[int]:
                 if helps(parameter.annotation):
                     lines.add(end_of_default(parameter, node.args) or parameter.end_lineno or 0)
     return lines
+
+
+def explained_types(module: str) -> set[str]:
+    "Types of a module of the package that say by `help=…` what a parameter of theirs is."
+    path = Path(__file__).resolve().parents[1] / PACKAGE / f"{module}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    return {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(part, ast.keyword) and part.arg == "help" for part in ast.walk(node.value))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 def all_names(tree: ast.Module) -> list[str]:

@@ -211,6 +211,10 @@ def show(
 """
     faults = house.contract_faults("cli", source)
     assert len(faults) == 1 and "no comment behind depth" in faults[0]
+    elsewhere = source.replace('Json = Annotated[bool, Option(help="For programs.")]', "from .commands import Json")
+    assert house.contract_faults("cli", elsewhere.replace('"Json", ', "")) == faults
+    nowhere = elsewhere.replace("commands", "core").replace('"Json", ', "")
+    assert len(house.contract_faults("cli", nowhere)) == 2
 
 
 @pytest.mark.parametrize(
