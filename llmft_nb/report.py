@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import TemplateRuntimeError
 from markupsafe import Markup
 
+from .calibration import FEWEST, calibrate, calibration_svg, usual_kinds, worst_slices
 from .core import UserError, read_record, write_atomic
 from .movement import moved_words
 from llmft_nb.pages import (
@@ -215,13 +216,20 @@ def wrong_answers(
 def mistake_values(
     predictions: Sequence[Mapping[str, Any]],  # Lines of test_predictions.jsonl
     task: str = "classify",  # What was learnt
-) -> dict[str, Any]:  # "labels", "confusions" (both empty where a row has not just one label) and "wrong"
+) -> dict[str, Any]:  # "labels", "confusions", "calibration", "slices" (for rows with one label each) and "wrong"
     "What the page shows of the mistakes."
     if task != "classify":
-        return {"labels": [], "confusions": [], "wrong": wrong_answers(predictions)}
+        nothing: dict[str, Any] = {"labels": [], "confusions": [], "calibration": None, "slices": []}
+        return nothing | {"wrong": wrong_answers(predictions)}
     single = [row for row in predictions if isinstance(row.get("label"), str) and isinstance(row.get("predicted"), str)]
     true, said = [row["label"] for row in single], [row["predicted"] for row in single]
+    right = [label == answer for label, answer in zip(true, said, strict=True)]
+    sure = [answer_probability(row) for row in single]
+    known = [chance for chance in sure if chance is not None]
+    found = calibrate(known, right) if known and len(known) == len(right) else None
     return {
+        "calibration": {"words": found.describe(), "picture": Markup(calibration_svg(found))} if found else None,
+        "slices": worst_slices(right, usual_kinds(single)) if len(single) > FEWEST else [],
         "labels": list(label_scores(true, said).items())[:10] if single else [],
         "confusions": confused_pairs(true, said, n_most=10),
         "wrong": wrong_answers(predictions),

@@ -509,6 +509,19 @@ def test_a_dead_owner_has_let_go(
     assert run.record.status == "finished" and list(run.folder.rglob(".*")) == []
 
 
+def test_a_list_of_runs_tells_the_living_from_the_dead(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    from llmft_nb.core import RunRecord, write_record
+    from llmft_nb.runs import list_runs
+
+    (tmp_path / "other").mkdir()
+    for name in ("run", "other"):
+        write_record(tmp_path / name, RunRecord("classify", "running", {}, {}, {}, {}, {}))
+    assert [line["status"] for line in list_runs(tmp_path)] == ["stopped", "running"]
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert [line["status"] for line in list_runs(tmp_path)] == ["stopped", "stopped"]
+
+
 def test_two_runs_without_a_folder_take_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmft_nb import runs
 

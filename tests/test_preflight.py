@@ -182,3 +182,13 @@ def test_the_check_of_rows_can_end_a_pipeline(files: dict[str, Path]) -> None:
     assert told.exit_code == 2 and json.loads(told.stderr)["error"]["mend"].endswith(f"--allow {names[0]}")
     told = CliRunner().invoke(app, [*command, "--allow", "lr"])
     assert told.exit_code == 2 and "this cannot be allowed" in told.stderr
+
+
+def test_a_full_disk_is_on_the_table(
+    files: dict[str, Path], small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"(?s)this run should not begin:\n  disk: the disk is too full.*make room"):
+        finetune(files["train"], **options(files, small_model, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from llmft_nb.core import UserError
 from llmft_nb.finetune import finetune
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.planning import plan
-from llmft_nb.rejects import Rejects, rejects_of
-from llmft_nb.rows import read_rows
+from llmft_nb.rejects import Rejects, read_sound, rejects_of
+from llmft_nb.rows import check_classify, read_rows
+from llmft_nb.streams import stream_texts
 from llmft_nb.tasks import make_task
 
 SOUND: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -126,3 +128,29 @@ def test_the_check_sets_aside_too(tmp_path: Path) -> None:
     assert len((tmp_path / "rejects.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     told = CliRunner().invoke(app, ["check", str(path), "--bad-rows", "quarantine", "--json"])
     assert "2 rows set aside" in json.loads(told.stdout)["findings"]["set aside"]
+
+
+def test_lines_and_fields_are_told_in_the_order_of_the_file(tmp_path: Path) -> None:
+    rows: list[Any] = [{"text": "one", "label": "a"}, {"text": "", "label": "b"}, '{"text": "cut', {"text": "x"}, "[1]"]
+    path = write_jsonl(tmp_path / "train.jsonl", rows * 3)
+    with pytest.raises(UserError, match="12 problems, 6 damaged lines and 6 wrong fields") as caught:
+        read_sound(path, check_classify)
+    told = [int(number) for number in re.findall(r"\n  train\.jsonl:(\d+)", caught.value.what)]
+    assert told == [line for line in range(1, 16) if line % 5 != 1]
+
+
+def test_a_parquet_page_is_held_against_its_sum(tmp_path: Path) -> None:
+    "A bit turned in what a page holds is found wherever the file is read, in whole or in a stream."
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": f"this is the text of row number {i}", "label": "ab"[i % 2]} for i in range(60)]
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, write_page_checksum=True, compression="none")
+    data = bytearray(path.read_bytes())
+    assert len(read_rows(path)) == len(list(stream_texts(path))) == 60
+    data[data.index(b"row number 33")] ^= 1
+    path.write_bytes(data)
+    for read in (read_rows, lambda file: list(stream_texts(file))):
+        with pytest.raises(UserError, match="damaged Parquet file"):
+            read(path)
