@@ -733,6 +733,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmft_nb.model_gate.check_tensors': ('model_gate.html#check_tensors', 'llmft_nb/model_gate.py'),
                                      'llmft_nb.model_gate.check_tokenizer': ('model_gate.html#check_tokenizer', 'llmft_nb/model_gate.py'),
                                      'llmft_nb.model_gate.expected_tensors': ('model_gate.html#expected_tensors', 'llmft_nb/model_gate.py'),
+                                     'llmft_nb.model_gate.fetch_files': ('model_gate.html#fetch_files', 'llmft_nb/model_gate.py'),
                                      'llmft_nb.model_gate.refused': ('model_gate.html#refused', 'llmft_nb/model_gate.py')},
             'llmft_nb.modeling': { 'llmft_nb.modeling.LLMForCausalLM': ('modeling.html#llmforcausallm', 'llmft_nb/modeling.py'),
                                    'llmft_nb.modeling.LLMForMaskedLM': ('modeling.html#llmformaskedlm', 'llmft_nb/modeling.py'),

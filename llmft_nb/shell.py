@@ -10,6 +10,7 @@ __all__ = ['SHOWN_SIZES', 'show_scores', 'show_run', 'asked_words', 'show_answer
 # %% ../nbs/10a_shell.ipynb #2af6e5d9
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,15 +146,23 @@ def show_value(
 def is_model(
     name: str,  # As it was typed
 ) -> bool:  # False for rows
-    "Whether a name is a model's: of the catalogue, or of a folder with a configuration or weights."
-    from llmft_nb.bases import CATALOGUE
+    "Whether a name is a model's: of the catalogue, of a folder with a configuration or weights, or of the hub."
+    from llmft_nb.bases import CATALOGUE, find_model
+    from llmft_nb.sources import name_format
 
     folder = Path(name)
-    return name in CATALOGUE or (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    if name in CATALOGUE or (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
+        return True
+    if folder.exists() or name_format(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        return False
+    try:
+        return find_model(name).kind == "hub"
+    except UserError:
+        return False
 
 
 def show_checks(
-    model: str,  # Catalogue name or folder
+    model: str,  # Catalogue name, folder or hub id
     as_json: bool,  # For programs
 ) -> None:
     "Look at all of a model and print what was found; one that is refused ends with the status of a mistake."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,30 @@ def test_a_hub_model_is_described_by_headers_alone(hub: Hub, save_small: Callabl
     assert line.pop("megabytes") == pytest.approx(same.pop("megabytes"), abs=0.1)
     assert line == same
     assert not list((tmp_path / "hub").rglob("*.safetensors")), "weights were fetched"
+
+
+def test_a_hub_model_is_looked_at_before_it_is_trusted(
+    hub: Hub, save_small: Callable[..., Path], tmp_path: Path
+) -> None:
+    sound = shutil.copytree(save_small("Llama"), tmp_path / "sound")
+    (sound / "pytorch_model.bin").write_bytes(b"never read")
+    (sound / "evil.py").write_text("1 / 0")
+    hub.push("owner/small", sound)
+    evil = shutil.copytree(save_small("Bert"), tmp_path / "evil")
+    config = json.loads((evil / "config.json").read_text(encoding="utf-8"))
+    (evil / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
+    hub.push("owner/evil", evil)
+    told = llmft(hub, tmp_path / "home", "check", "owner/small", "--json")
+    assert told.status == 0, told.err
+    found = {one["name"]: one for one in json.loads(told.out)}
+    assert found["licence"]["words"] == "mit" and found["tensors"]["status"] == "ok"
+    assert found["pickles"]["status"] == "warning" and "pytorch_model.bin" in found["pickles"]["words"]
+    fetched = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
+    assert "model.safetensors" in fetched and not fetched & {"pytorch_model.bin", "evil.py"}
+    told = llmft(hub, tmp_path / "home", "check", "owner/evil")
+    assert told.status == 2 and "auto_map" in told.out and "Traceback" not in told.out + told.err
+    told = llmft(hub, tmp_path / "home", "check", "owner/nothing")
+    assert told.status == 2 and "owner/nothing" in told.err, "neither a model nor rows"
 
 
 REFUSED = """
