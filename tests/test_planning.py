@@ -283,15 +283,16 @@ def test_a_count_is_kept_for_the_same_step_alone(
 def test_plan_takes_what_train_takes() -> None:
     from inspect import signature
 
-    from llmft_nb import cli
+    from llmft_nb import commands
 
-    theirs, ours = signature(cli.train).parameters, signature(cli.plan).parameters
+    theirs, ours = signature(commands.train).parameters, signature(commands.plan).parameters
     assert set(theirs) < set(ours)
     assert all(ours[name].default == one.default for name, one in theirs.items())
     asked = set(signature(finetune).parameters) - {
         "out",
         "allow",
         "strict",
+        "same_as",
         "resume",
         "question",
         "general",
