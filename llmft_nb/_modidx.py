@@ -1453,6 +1453,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmft_nb.trunk_states.row_places': ('trunk_states.html#row_places', 'llmft_nb/trunk_states.py'),
                                        'llmft_nb.trunk_states.row_starts': ('trunk_states.html#row_starts', 'llmft_nb/trunk_states.py')},
             'llmft_nb.tune': { 'llmft_nb.tune.Bench': ('tune.html#bench', 'llmft_nb/tune.py'),
+                               'llmft_nb.tune.Bench.prepare': ('tune.html#bench.prepare', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Bench.settle': ('tune.html#bench.settle', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Bench.train': ('tune.html#bench.train', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Finals': ('tune.html#finals', 'llmft_nb/tune.py'),

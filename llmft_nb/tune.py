@@ -81,6 +81,25 @@ class Bench:
         settings, origins = resolve_settings(strategy, task=choices["task"], model_lr=model_lr, **asked)
         return Request(self.folder, self.model, settings, origins, choices, resume=False, earlier=None)
 
+    def prepare(
+        self,
+        values: Mapping[str, Any],  # What was drawn
+        seed: int | None = None,  # Of the run; None: as the settings say
+    ) -> tuple[Task, TunableModel, TokenDataset, TokenDataset, Request]:  # Task, model, training and validation rows
+        "Build what an attempt trains, and measure a rate that is to be measured."
+        request = self.settle(values, seed)
+        options = {name: text for name, text in self.choices.items() if name in ("prompt_template", "system")}
+        task = make_task(self.choices["task"], request.settings, options)
+        model = task.build(self.model, self.splits, strategy=request.choices["strategy"], init=self.choices["init"])
+        train, valid = (
+            task.dataset(rows, model, self.splits.label_names) for rows in (self.splits.train, self.splits.valid)
+        )
+        request = with_measured_rate(request, model, train)
+        if "lr_factor" in values:
+            lr = min(1.0, request.settings.lr * values["lr_factor"])
+            request = replace(request, settings=replace(request.settings, lr=lr))
+        return task, model, train, valid, request
+
     def train(
         self,
         values: Mapping[str, Any],  # What was drawn
@@ -88,27 +107,13 @@ class Bench:
         seed: int | None = None,  # Of the run; None: as the settings say
     ) -> tuple[float, Task, TunableModel, TokenDataset, TrainSettings]:  # Best score; the tuned model with all it was
         "Carry an attempt out."
-        request = self.settle(values, seed)
-        options = {name: text for name, text in self.choices.items() if name in ("prompt_template", "system")}
-        task = make_task(self.choices["task"], request.settings, options)
-        strategy = request.choices["strategy"]
-        model = task.build(self.model, self.splits, strategy=strategy, init=self.choices["init"])
-        train, valid = (
-            task.dataset(rows, model, self.splits.label_names) for rows in (self.splits.train, self.splits.valid)
-        )
-        settings = with_measured_rate(request, model, train).settings
-        if "lr_factor" in values:
-            settings = replace(settings, lr=min(1.0, settings.lr * values["lr_factor"]))
+        task, model, train, valid, request = self.prepare(values, seed)
+        settings = request.settings
         loader = TextDataLoader(train, settings.batch_size, shuffle=True, seed=settings.seed, window=settings.window)
         stopping, callbacks = EarlyStopping(settings.patience), [Scorer(go_on, task.monitor)]
-        given: dict[str, Any] = {
-            "evaluate": task.evaluate(valid),
-            "valid": valid,
-            "monitor": task.monitor,
-            "strategy": strategy,
-        }
-        given |= {"stopping": stopping, "callbacks": callbacks, "trunks": self.trunks}
-        result = LLMTrainer(model, settings=settings, **given).train(loader)
+        given: dict[str, Any] = {"evaluate": task.evaluate(valid), "valid": valid, "monitor": task.monitor}
+        given |= {"strategy": request.choices["strategy"], "stopping": stopping, "callbacks": callbacks}
+        result = LLMTrainer(model, settings=settings, trunks=self.trunks, **given).train(loader)
         assert result.best_score is not None
         return result.best_score, task, model, valid, settings
 
@@ -282,10 +287,8 @@ def best_settings(
         return {**bench.config, **bench.arguments, "strategy": bench.choices["strategy"]}
     found = {name: value for name, value in verdict.values.items() if name != "lr_factor"}
     if "lr_factor" in verdict.values:
-        *_, settings = bench.train(
-            verdict.values | {"epochs": 1}, lambda score, share: None
-        )  # A measured rate is measured
-        found["lr"] = float(f"{settings.lr:.4g}")
+        *_, request = bench.prepare(verdict.values)
+        found["lr"] = float(f"{request.settings.lr:.4g}")
     return {**bench.config, **bench.arguments, "strategy": bench.choices["strategy"], **found}
 
 

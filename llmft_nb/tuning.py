@@ -103,6 +103,7 @@ class Attempt:
     scores: list[float] = field(default_factory=list)  # One after another
     seconds: float = 0.0  # It took
     reason: str = ""  # Why it failed
+    is_default: bool = False  # Whether its values are those that were there already
 
     def describe(self) -> str:  # E.g. "3: 0.871, strategy=top:2, lr_factor=1.7"
         "The attempt, for people."
@@ -167,7 +168,8 @@ def attempts_of(
             scores = [score for _, score in sorted(trial.intermediate_values.items())]
             score = max(scores, default=None)
             kept = states[trial.state.name], score, scores, attributes["seconds"], attributes.get("reason", "")
-            found.append(Attempt(trial.number, dict(trial.params), *kept))
+            is_default = attributes.get("is_default", False)
+            found.append(Attempt(trial.number, dict(trial.params), *kept, is_default))
     return found
 
 # %% ../nbs/07b_tuning.ipynb #07b10010
@@ -184,7 +186,7 @@ def try_once(
 
     def go_on(score: float, share: float) -> None:
         trial.report(score, round(100 * share))
-        if trial.number and trial.should_prune():
+        if not trial.user_attrs.get("is_default") and trial.should_prune():
             raise Stop
 
     state, score = optuna.trial.TrialState.COMPLETE, None
@@ -212,12 +214,12 @@ def search(
 ) -> list[Attempt]:  # All of them, in order
     "Search until it is enough; the defaults are always tried."
     study = open_study(file, choices, first, seed)
-    while True:
-        tried = attempts_of(study)
-        if tried and enough(tried):
-            return tried
+    tried = attempts_of(study)
+    while not tried or not enough(tried):
         try_once(study, choices, run)
-        told(attempts_of(study)[-1])
+        tried = attempts_of(study)
+        told(tried[-1])
+    return tried
 
 # %% ../nbs/07b_tuning.ipynb #07b10017
 def finalists(
@@ -225,7 +227,7 @@ def finalists(
     n_most: int,  # How many at most
 ) -> list[Attempt]:  # The best that were done, best first; the defaults are not among them
     "Which attempts are worth another look."
-    done = [one for one in attempts if one.state == "done" and one.number and one.score is not None]
+    done = [one for one in attempts if one.state == "done" and not one.is_default and one.score is not None]
     found = list[Attempt]()
     for one in sorted(done, key=lambda one: -(one.score or 0.0)):
         if all(one.values != other.values for other in found):

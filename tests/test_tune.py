@@ -87,6 +87,24 @@ def test_the_defaults_come_first_and_nothing_is_lost(tmp_path: Path) -> None:
     assert all(one.state == "done" and one.seconds >= 0 for one in tried)
 
 
+def test_defaults_that_were_killed_stay_the_defaults(tmp_path: Path) -> None:
+    "Tried again they have another number; they are no find, and are never stopped."
+    n_begun = 0
+
+    def dies_first(values: Any, go_on: GoOn) -> float:
+        nonlocal n_begun
+        n_begun += 1
+        if n_begun == 1:
+            raise KeyboardInterrupt
+        return flat(values, go_on)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(CHOICES, FIRST, dies_first, tmp_path / "s.db", enough=bool)
+    tried = search(CHOICES, FIRST, dies_first, tmp_path / "s.db", enough=lambda tried: len(tried) >= 3)
+    assert [(one.number, one.is_default) for one in tried] == [(1, True), (2, False), (3, False)]
+    assert tried[0].values == FIRST and tried[0] not in finalists(tried, 9)
+
+
 def test_who_falls_behind_is_stopped(tmp_path: Path) -> None:
     asked = list[int]()
 
@@ -130,7 +148,7 @@ def test_a_failing_attempt_is_an_answer(tmp_path: Path) -> None:
 
 
 def attempt(number: int, score: float | None, state: str = "done", **values: Any) -> Attempt:
-    return Attempt(number, values, state, score, seconds=float(1 + number))
+    return Attempt(number, values, state, score, seconds=float(1 + number), is_default=number == 0)
 
 
 def test_finalists_and_what_they_cost() -> None:
