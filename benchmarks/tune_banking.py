@@ -3,9 +3,10 @@
     python benchmarks/tune_banking.py --model MINILM [--minutes 15] [--rows 512] [--out runs/tune-banking]
 
 512 training rows are drawn evenly from banking77 (its folder is found through LLMFT_DATA), and a sixth of the others
-are the validation rows; the test rows stay closed. Strategies are full, top:2, head, lora:16 and gradual; the rate,
-the batch and the epochs are searched with them. At the end stand the best attempts, what the choices explain, and the
-verdict: the best finalist against the defaults, three seeds each, with its interval. A search that was stopped goes on.
+are the validation rows; the test rows stay closed. What is searched is what `llmft tune` searches where nobody says:
+strategy with its K or rank, rate, batch, epochs, and both decays. At the end stand the best attempts, what the choices
+explain, and the verdict: the best finalist against the defaults, three seeds each, with its interval. A search that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ def main() -> None:
         out=chosen.out,
         resume=(chosen.out / "study.db").exists(),
         minutes=chosen.minutes,
-        strategies=["full", "top:2", "head", "lora:16", "gradual"],
         leaks="drop",
         told=show_attempt,
     )

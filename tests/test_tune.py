@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from typer.testing import CliRunner
 from llmft_nb.cli import app
 from llmft_nb.core import UserError
 from llmft_nb.hparams import TrainSettings
-from llmft_nb.tune import Bench, Finals, first_values, judge_finalists, reserve_s, tune, usual_choices
+from llmft_nb.search_space import Budget, first_values, parse_choices, reserve_s, usual_choices
+from llmft_nb.tune import Bench, Finals, best_settings, judge_finalists, tune
 from llmft_nb.tuning import (
     Attempt,
     Choice,
     GoOn,
     Stop,
     attempts_of,
+    family,
     finalists,
     importance,
     open_study,
     parse_choice,
+    plain_values,
     search,
+    sized,
 )
 
 CHOICES = [parse_choice("lr_factor=0.1:10"), parse_choice("batch_size=8,16,32")]
@@ -199,7 +204,8 @@ def test_a_search_from_rows_to_settings(small_model: Path, tmp_path: Path, rows:
     given = options(small_model, tmp_path / "s", rows, told=lambda one: heard.append(one.number))
     tuned = tune(rows["data"], **given)
     assert heard == [one.number for one in tuned.attempts] and len(heard) >= 1
-    assert tuned.attempts[0].values == {"strategy": "full", "batch_size": 32}, "what is named is not searched"
+    usual = {"strategy": "full", "batch_size": 32, "layer_decay": 1.0, "weight_decay": 0.01}
+    assert tuned.attempts[0].values == usual, "what is named is not searched"
     record = json.loads((tmp_path / "s" / "tune.json").read_text(encoding="utf-8"))
     assert record["words"] == tuned.verdict.describe() and len(record["attempts"]) == len(tuned.attempts)
     assert (tmp_path / "s" / "search.svg").stat().st_size > 3000
@@ -269,9 +275,75 @@ def test_values_that_were_measured_are_measured(small_model: Path, rows: dict[st
 def test_what_may_be_chosen_where_nobody_says() -> None:
     settings = TrainSettings()
     names = [choice.name for choice in usual_choices(["full"], settings, {"lr": 1, "epochs": 2})]
-    assert names == ["batch_size"]
+    assert names == ["batch_size", "layer_decay", "weight_decay"]
+    named = {"lr": 1, "epochs": 2, "batch_size": 8, "weight_decay": 0}
+    assert [one.describe() for one in usual_choices(["head", "lora"], settings, named, 6)] == [
+        "strategy=head,lora:16",
+        "layer_decay=0.75,0.9,1.0",
+        "rank=4,8,16,32",
+    ]
+    assert usual_choices(["head"], settings, named, 6) == [], "a head has no size, and no layers below it move"
+    assert not any(one.name == "top_k" for one in usual_choices(["top:1"], settings, named, 2)), (
+        "one value is no choice"
+    )
     first = first_values([Choice("batch_size", (4, 8)), Choice("lr_factor", low=2.0, high=3.0)], settings, "full")
     assert first == {"batch_size": 8, "lr_factor": 2.0}, "the nearest there is"
+
+
+def test_a_size_is_drawn_where_the_strategy_has_one(tmp_path: Path) -> None:
+    "A head has no rank, and what is drawn for adapters does not say what blocks are worth."
+    choices = usual_choices(["full", "top:2", "head", "lora:16"], TrainSettings(), {"epochs": 1}, n_blocks=6)
+    first = first_values(choices, TrainSettings(), "full")
+    tried = search(choices, first, flat, tmp_path / "s.db", enough=lambda tried: len(tried) >= 40)
+    for one in tried[1:]:
+        kind = one.values["strategy"].partition(":")[0]
+        assert ("top_k" in one.values, "rank" in one.values) == (kind == "top", kind == "lora")
+        assert ("layer_decay" in one.values) == (kind != "head")
+    drawn = {str(plain_values(one.values)["strategy"]) for one in tried}
+    assert {"full", "head"} < drawn and len(drawn) > 6
+    assert {sized("top:2", one.values) for one in tried if "top_k" in one.values} == {f"top:{k}" for k in range(1, 6)}
+    assert sized("lora:8@top:2", {"rank": 4}) == "lora:4@top:2" and sized("qlora:8", {}) == "qlora:8"
+    shares = importance([*tried, attempt(99, 0.9, strategy="head")], [choice.name for choice in choices])
+    assert shares["rank"] == 0 and 0 < shares["strategy"] <= 1, "among those that have it nothing differs"
+    assert family({"strategy": "top:2", "top_k": 4}) == "top:K" and family({"strategy": "top:2"}) == "top:2"
+
+
+def test_a_drawn_size_is_trained_and_written_down(small_model: Path, tmp_path: Path, rows: dict[str, Any]) -> None:
+    given = options(small_model, tmp_path / "s", rows, strategies=["lora:4"], choices=["rank=2,8"])
+    tuned = tune(rows["data"], **given)
+    bench = Bench(small_model, None, {"task": "classify", "strategy": "lora:4"}, {}, {}, tmp_path)  # type: ignore[arg-type]
+    assert bench.settle({"rank": 8}).choices["strategy"] == "lora:8"
+    assert {one.values["rank"] for one in tuned.attempts} <= {2, 8} and "rank" not in tuned.best
+    assert tuned.best["strategy"] in ("lora:2", "lora:4", "lora:8")
+    found = replace(tuned.verdict, values={"rank": 8}, low=0.1, p_value=0.01)
+    assert best_settings(bench, found)["strategy"] == "lora:8"
+
+
+def test_the_minutes_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    "One attempt that takes far longer than those before it is stopped before it takes what the finalists need."
+    now = [100.0]
+    monkeypatch.setattr("llmft_nb.search_space.time.monotonic", lambda: now[0])
+    budget = Budget(minutes=2.0, n_finalists=1, n_seeds=2, began_s=100.0)
+    tried = [attempt(0, 0.5), attempt(1, 0.6)]  # 1 and 2 seconds; set aside: 6
+    budget.hear(tried[1])
+    now[0] += 50
+    assert budget.spent_s(tried) == 51, "what this call took, and the attempt of the call before it"
+    assert not budget.enough(tried)
+    go_on = budget.within(lambda score, share: None)
+    now[0] += 62
+    go_on(0.1, 0.5)
+    now[0] += 2
+    go_on(0.1, 1.0)
+    with pytest.raises(Stop):
+        go_on(0.1, 0.5)
+    assert budget.enough(tried)
+
+
+@pytest.mark.parametrize("text", ["rank=4,8", "top_k=1:3"])
+def test_a_choice_that_no_strategy_has(text: str) -> None:
+    with pytest.raises(UserError, match="nothing to choose with full"):
+        parse_choices([text], "full")
+    assert len(parse_choices([text, "strategy=full,lora:8,top:2"], "full")) == 2
 
 
 def test_finals_are_not_trained_twice(tmp_path: Path) -> None:
@@ -321,6 +393,12 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("command", ["tune", "plan"])
+def test_a_record_is_repeated_by_train_alone(command: str, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, [command, "--data", "pharmacy-intents", "--from-report", str(tmp_path / "run.json")])
+    assert told.exit_code == 2 and "repeated by train alone" in told.stderr
+
+
 def test_a_killed_search_goes_on(small_model: Path, tmp_path: Path, rows: dict[str, Any]) -> None:
     words = command(small_model, tmp_path, rows, "--minutes", "0.3")
     code, study = "from llmft_nb.cli import main; main()", tmp_path / "s" / "study.db"
@@ -330,11 +408,7 @@ def test_a_killed_search_goes_on(small_model: Path, tmp_path: Path, rows: dict[s
         time.sleep(0.3)
         os.kill(process.pid, signal.SIGKILL)
     first = {"strategy": "full", "lr_factor": 1.0, "batch_size": 32}
-    choices = [
-        Choice("strategy", ("full", "head")),
-        Choice("lr_factor", low=0.2, high=5.0),
-        Choice("batch_size", (16, 32, 64)),
-    ]
+    choices = usual_choices(["full", "head"], TrainSettings(), {"epochs": 2})
     n_tried = len(attempts_of(open_study(study, choices, first, 0)))
     told = CliRunner().invoke(app, [*words, "--resume", "--json"])
     assert told.exit_code == 0, told.stderr
