@@ -7,7 +7,7 @@ __all__ = ['evenly', 'few_shot_prompts', 'is_answered', 'answer_of', 'longest_an
            'InstructTask', 'judge_losses']
 
 # %% ../nbs/09c_instruct.ipynb #7b4d94ad
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from .modeling import TunableModel, position_limit
 from .predict import write_on
 from .prompts import render
 from .resampling import PERPLEXITY, mean_score, paired_permutation, perplexity_score
-from .rows import Rows, row_text
+from .rows import Row, Rows, row_text
 from .scores import score_share
 from .splits import Splits, TaskRows
 from .task import Task, clean_rows, plain_score
@@ -127,6 +127,7 @@ class InstructTask(Task):
     name = "instruct"
     monitor = "log_likelihood"
     headline = "token_f1"
+    part_size = 512  # Conversations are long
 
     def __init__(
         self,
@@ -161,14 +162,27 @@ class InstructTask(Task):
         rows: Rows,  # Test rows
     ) -> list[dict[str, Any]]:  # For each "loss_sum" and "n_targets"; for some "completion" and "finished" as well
         "What the right answers cost, and what the model writes itself."
-        limit = self.settings.max_length
-        dataset = InstructDataset(rows, model.tokenizer, max_length=limit, train_on="last", too_long="split")
-        losses = [np.bincount(dataset.row_numbers, part, len(rows)) for part in row_losses(model, dataset)]
-        found = [{"loss_sum": float(a), "n_targets": int(n)} for a, n in zip(*losses, strict=True)]
-        some = evenly(len(rows), self.settings.n_written)
-        for i, answer in zip(some, self.predictor(model).predict(rows.subset(some)), strict=True):
+        return self.answer_parts(model, [rows], len(rows))[1]
+
+    def answer_parts(
+        self,
+        model: TunableModel,  # Before or after tuning
+        parts: Iterable[Rows],  # Checked rows, some at a time
+        n_rows: int,  # Of all parts
+    ) -> tuple[Rows, list[dict[str, Any]]]:  # Rows, empty where nothing was written; and as `answers` gives them
+        "What the right answers cost, part by part, and then what the model writes itself."
+        limit, some = self.settings.max_length, evenly(n_rows, self.settings.n_written)
+        wanted, kept, places, found = set(some), list[Row](), list[str](), list[dict[str, Any]]()
+        for rows in parts:
+            dataset = InstructDataset(rows, model.tokenizer, max_length=limit, train_on="last", too_long="split")
+            losses = [np.bincount(dataset.row_numbers, part, len(rows)) for part in row_losses(model, dataset)]
+            kept += [row if len(kept) + i in wanted else {} for i, row in enumerate(rows)]
+            places += rows.places
+            found += [{"loss_sum": float(a), "n_targets": int(n)} for a, n in zip(*losses, strict=True)]
+        asked = Rows(kept, places, "rows to answer")
+        for i, answer in zip(some, self.predictor(model).predict(asked.subset(some)), strict=True):
             found[i] |= answer
-        return found
+        return asked, found
 
     def before(
         self,

@@ -117,7 +117,7 @@ def resampled_means(
 ) -> np.ndarray:  # Column means of each sample (n_resamples, K)
     "Column means of samples drawn from the rows with replacement."
     n = len(table)
-    n_at_once = max(1, 4_000_000 // n)
+    n_at_once = max(1, 500_000 // n)  # Some megabytes, whatever N is
     parts = []
     for start in range(0, n_resamples, n_at_once):
         size = min(n_at_once, n_resamples - start)
@@ -321,12 +321,12 @@ def swaps(
     n_differ: int,  # Rows in which two models differ
     n_resamples: int,  # Random swaps, where not all can be tried
     generator: np.random.Generator,  # Draws them
-) -> Iterator[np.ndarray]:  # Parts of a table of +1 (as it is) and -1 (swapped), (about 4 million / n_differ, n_differ)
+) -> Iterator[np.ndarray]:  # Parts of a table of +1 (as it is) and -1 (swapped), (about 500,000 / n_differ, n_differ)
     "All ways to swap the answers of two models, or many random ones."
     if 2**n_differ <= n_resamples:
         yield np.array(list(itertools.product((1.0, -1.0), repeat=n_differ))).reshape(2**n_differ, n_differ)
         return
-    n_at_once = max(1, 4_000_000 // n_differ)
+    n_at_once = max(1, 500_000 // n_differ)
     for start in range(0, n_resamples, n_at_once):
         size = min(n_at_once, n_resamples - start)
         yield generator.integers(0, 2, (size, n_differ)).astype(np.float64) * 2 - 1

@@ -6,7 +6,7 @@
 __all__ = ['FOREIGN', 'FORMATS', 'SPLIT_WORDS', 'NOTICE', 'ABOUT', 'DATA_CATALOGUE', 'unpack', 'refuse_foreign', 'decode_text',
            'name_format', 'guess_format', 'parse_file', 'split_of', 'all_data_files', 'data_files', 'missing_error',
            'CatalogueSet', 'catalogue_file', 'cached_sets', 'hub_commit', 'named_value', 'records_of', 'read_hub',
-           'check_iterable', 'parse_source', 'rename_columns']
+           'check_iterable', 'parse_source', 'rename_row', 'rename_columns']
 
 # %% ../nbs/01_sources.ipynb #19b31ed9
 import difflib
@@ -368,6 +368,15 @@ def parse_source(
     return parsed, f"{hub_id}@{commit or pinned or revision or 'main'}"
 
 # %% ../nbs/01_sources.ipynb #a9c06823
+def rename_row(
+    row: Mapping[str, Any],  # As it was read
+    columns: Mapping[str, str],  # Their name and ours
+) -> dict[str, Any]:  # A column that stands where a renamed one comes is left out
+    "A row under our names."
+    taken = set(columns.values())
+    return {columns.get(key, key): value for key, value in row.items() if key in columns or key not in taken}
+
+
 def rename_columns(
     parsed: Parsed,  # Rows as they were read
     columns: Mapping[str, str],  # Their name and ours, e.g. {"question": "text"}
@@ -382,9 +391,4 @@ def rename_columns(
             raise UserError(f"no row has a column {theirs!r}", where=f"{source}, --columns", mend=mend)
     if len(set(columns.values())) < len(columns):
         raise UserError("two columns are given the same name", where=f"{source}, --columns", mend="map one of them")
-    taken = set(columns.values())
-    rows = [
-        {columns.get(key, key): value for key, value in row.items() if key in columns or key not in taken}
-        for row in parsed.rows
-    ]
-    return Parsed(rows, parsed.places, parsed.problems)
+    return Parsed([rename_row(row, columns) for row in parsed.rows], parsed.places, parsed.problems)

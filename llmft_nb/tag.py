@@ -19,7 +19,7 @@ from .inference import predict_positions
 from .modeling import TunableModel, model_family
 from .core import UserError, get_logger
 from .resampling import SPAN_F1, f1_score_interval, mean_score, paired_permutation
-from .rows import Rows
+from .rows import Row, Rows
 from .span_scores import kind_scores, span_counts, span_scores
 from .splits import Splits, TaskRows
 from .tagging import TagDataset, join_windows
@@ -143,6 +143,14 @@ class TagTask(Task):
         "A function that scores a model on validation rows."
         assert isinstance(dataset, TagDataset)
         return make_tag_evaluate(dataset)
+
+    def brief(
+        self,
+        row: Row,  # A checked row
+        answer: dict[str, Any],  # The model's
+    ) -> tuple[Row, dict[str, Any]]:  # The tags alone
+        "What a judge needs of a row and its answer."
+        return {"ner_tags": row["ner_tags"]}, {"tags": answer["tags"]}
 
     def judge(
         self,

@@ -6,7 +6,7 @@
 __all__ = ['Task', 'make_loss_evaluate', 'plain_score', 'clean_rows']
 
 # %% ../nbs/09b_task.ipynb #02edab78
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,8 @@ from .modeling import TunableModel, check_looks_back, size_head
 from .optimizers import check_eight_bit
 from .predict import Predictor, answer_words, task_model_class
 from .rejects import Rejects
-from .rows import LeakReport, Rows, read_rows
+from .parts import RowParts
+from .rows import LeakReport, Row, Rows
 from .splits import CLASSIFY, Splits, TaskRows, describe_source, find_licence, find_notice, prepare_splits
 from .strategy import parse_strategy
 from .weights import initialise, parse_init
@@ -35,6 +36,7 @@ class Task:
     monitor: ClassVar[str] = ""  # The validation score that says which weights are best; higher is better
     headline: ClassVar[str] = ""  # The test score that leads a report
     rows: TaskRows = CLASSIFY  # What the task asks of its rows
+    part_size: ClassVar[int] = 2048  # Rows that are tokenised and answered at a time, where there are many
 
     def __init__(
         self,
@@ -167,9 +169,34 @@ class Task:
         split: str = "test",  # Where a source has several
     ) -> dict[str, Any]:  # "headline" and the scores
         "Score a tuned model on rows whose answers are known."
-        rows = self.check(read_rows(data, columns, split=split), model)
-        splits = Splits(rows.subset([]), rows.subset([]), rows, model.label_names, LeakReport(0, []))
-        return self.judge(splits, self.answers(model, rows), {})
+        parts = RowParts(data, columns, split, self.part_size)
+        n_rows = sum(len(self.check(part, model)) for part in parts)  # All of them, before anything is computed
+        rows, answers = self.answer_parts(model, (self.check(part, model) for part in parts), n_rows)
+        none = rows.subset([])
+        return self.judge(Splits(none, none, rows, model.label_names, LeakReport(0, [])), answers, {})
+
+    def answer_parts(
+        self,
+        model: TunableModel,  # Tuned
+        parts: Iterable[Rows],  # Checked rows, some at a time
+        n_rows: int,  # Of all parts
+    ) -> tuple[Rows, list[dict[str, Any]]]:  # What is kept of each row and its answer
+        "Answer rows part by part, and keep what a judge needs of them."
+        rows, answers = list[Row](), list[dict[str, Any]]()
+        for part in parts:
+            for row, answer in zip(part, self.answers(model, part), strict=True):
+                kept = self.brief(row, answer)
+                rows.append(kept[0])
+                answers.append(kept[1])
+        return Rows(rows, [""] * len(rows), "rows to score"), answers
+
+    def brief(
+        self,
+        row: Row,  # A checked row
+        answer: dict[str, Any],  # The model's
+    ) -> tuple[Row, dict[str, Any]]:  # The same, without what judging does not look at
+        "What a judge needs of a row and its answer."
+        return row, answer
 
     def check(
         self,
