@@ -1039,6 +1039,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmft_nb.report.render_report': ('report.html#render_report', 'llmft_nb/report.py'),
                                  'llmft_nb.report.repeat_command': ('report.html#repeat_command', 'llmft_nb/report.py'),
                                  'llmft_nb.report.score_lines': ('report.html#score_lines', 'llmft_nb/report.py'),
+                                 'llmft_nb.report.setting_values': ('report.html#setting_values', 'llmft_nb/report.py'),
                                  'llmft_nb.report.validation_words': ('report.html#validation_words', 'llmft_nb/report.py'),
                                  'llmft_nb.report.write_report': ('report.html#write_report', 'llmft_nb/report.py')},
             'llmft_nb.resampling': { 'llmft_nb.resampling.Interval': ('resampling.html#interval', 'llmft_nb/resampling.py'),

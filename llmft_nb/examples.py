@@ -7,6 +7,7 @@ __all__ = ['N_CROSSED', 'label_text', 'answer_probability', 'answered_rows', 'ch
            'row_slices', 'mistake_values']
 
 # %% ../nbs/08bd_examples.ipynb #6a4df307
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,28 +62,43 @@ def chosen_rows(
     rows: Sequence[Mapping[str, Any]],  # As `answered_rows` gives them
     n_most: int,  # To choose at most
     surest: bool = True,  # Whether the surest are wanted, or the least sure
+    spread: bool = False,  # Whether each label has its turn before one has a second
 ) -> list[Mapping[str, Any]]:  # By how sure the model was, where it said so; else evenly drawn, in their order
     "A few rows of many."
     if not any(row["probability"] is not None for row in rows):
         return list(rows[:: max(1, -(-len(rows) // n_most))])[:n_most]
-    sign = -1 if surest else 1
-    return sorted(rows, key=lambda row: sign * float(row["probability"] or 0.0))[:n_most]
+    sign, turns, seen = (-1 if surest else 1), dict[int, int](), Counter[str]()
+    order = sorted(rows, key=lambda row: sign * float(row["probability"] or 0.0))
+    for row in order if spread else []:
+        turns[id(row)] = seen[row["label"]]
+        seen[row["label"]] += 1
+    chosen = sorted(order, key=lambda row: turns.get(id(row), 0))[:n_most]
+    return sorted(chosen, key=lambda row: sign * float(row["probability"] or 0.0))
 
 # %% ../nbs/08bd_examples.ipynb #21c3a3ad
 def example_rows(
     predictions: Sequence[Mapping[str, Any]],  # Lines of test_predictions.jsonl
-    n_wrong: int = 20,  # Wrong ones to show at most
+    n_wrong: int = 20,  # Wrong ones to show at most; half as many where nothing says how sure the model was
     n_right: int = 5,  # Right ones of either kind to show at most
 ) -> dict[str, Any]:  # "n_wrong", "n_right", "is_sure" (whether anything is known of that), "wrong", "right", "narrow"
     "Rows answered wrong and right that tell the most."
     rows = answered_rows(predictions)
     wrong, right = ([row for row in rows if row["right"] is is_right] for is_right in (False, True))
     is_sure = any(row["probability"] is not None for row in rows)
-    surest = chosen_rows(right, n_right)
+    surest = chosen_rows(right, n_right, spread=True)
     chosen = {id(row) for row in surest}
-    narrow = chosen_rows([row for row in right if id(row) not in chosen], n_right, surest=False) if is_sure else []
+    narrow = (
+        chosen_rows([row for row in right if id(row) not in chosen], n_right, surest=False, spread=True)
+        if is_sure
+        else []
+    )
     counts = {"n_wrong": len(wrong), "n_right": len(right), "is_sure": is_sure}
-    return {**counts, "wrong": chosen_rows(wrong, n_wrong), "right": surest, "narrow": narrow}
+    return {
+        **counts,
+        "wrong": chosen_rows(wrong, n_wrong if is_sure else n_wrong // 2),
+        "right": surest,
+        "narrow": narrow,
+    }
 
 # %% ../nbs/08bd_examples.ipynb #de6a432e
 N_CROSSED = 8  # Labels that fit into a table of all against all
@@ -114,12 +130,13 @@ def row_slices(
     rows: Sequence[Mapping[str, Any]],  # As `answered_rows` gives them
     with_labels: bool,  # Whether a label is a kind of rows
 ) -> list[Any]:  # As `worst_slices` gives them; [] where too few are right or wrong to compare
-    "Which kinds of rows are answered worse."
+    "Kinds of rows that are answered worse, or the four nearest to it."
     right = [row["right"] for row in rows]
     if min(sum(right), len(right) - sum(right)) < FEWEST and not with_labels:
         return []
     kinds = usual_kinds(rows if with_labels else [{"text": row["text"]} for row in rows]) if rows else {}
-    return worst_slices(right, kinds) if len(rows) > FEWEST else []
+    found = worst_slices(right, kinds) if len(rows) > FEWEST else []
+    return found[: max(4, sum(one.is_worse for one in found))]
 
 # %% ../nbs/08bd_examples.ipynb #2365701b
 def mistake_values(
