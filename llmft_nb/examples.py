@@ -80,25 +80,19 @@ def example_rows(
     predictions: Sequence[Mapping[str, Any]],  # Lines of test_predictions.jsonl
     n_wrong: int = 20,  # Wrong ones to show at most; half as many where nothing says how sure the model was
     n_right: int = 5,  # Right ones of either kind to show at most
-) -> dict[str, Any]:  # "n_wrong", "n_right", "is_sure" (whether anything is known of that), "wrong", "right", "narrow"
+) -> dict[str, Any]:  # "wrong", "right", "narrow" (rows); "n_wrong", "n_right"; "is_sure" (told how sure), "is_brief"
     "Rows answered wrong and right that tell the most."
     rows = answered_rows(predictions)
     wrong, right = ([row for row in rows if row["right"] is is_right] for is_right in (False, True))
     is_sure = any(row["probability"] is not None for row in rows)
     surest = chosen_rows(right, n_right, spread=True)
-    chosen = {id(row) for row in surest}
-    narrow = (
-        chosen_rows([row for row in right if id(row) not in chosen], n_right, surest=False, spread=True)
-        if is_sure
-        else []
-    )
-    counts = {"n_wrong": len(wrong), "n_right": len(right), "is_sure": is_sure}
-    return {
-        **counts,
-        "wrong": chosen_rows(wrong, n_wrong if is_sure else n_wrong // 2),
-        "right": surest,
-        "narrow": narrow,
-    }
+    taken = {id(row) for row in surest}
+    others = [row for row in right if id(row) not in taken and row["probability"] is not None]
+    found = {"wrong": chosen_rows(wrong, n_wrong if is_sure else n_wrong // 2), "right": surest}
+    found["narrow"] = chosen_rows(others, n_right, surest=False, spread=True)
+    names = [row[key] for key in ("label", "predicted") for some in found.values() for row in some]
+    facts = {"n_wrong": len(wrong), "n_right": len(right), "is_sure": is_sure}
+    return {**found, **facts, "is_brief": max(map(len, names), default=0) <= 18}
 
 # %% ../nbs/08bd_examples.ipynb #de6a432e
 N_CROSSED = 8  # Labels that fit into a table of all against all
