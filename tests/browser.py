@@ -38,7 +38,9 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
-        self.call("Runtime.addBinding", name=CANARY)
+        self.call("Runtime.addBinding", name=f"{CANARY}_told")
+        told = f"window.{CANARY} = () => {CANARY}_told('a script')"
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=told)
 
     session: str = ""
 
@@ -141,6 +143,12 @@ class Browser:
         asked = [event["request"]["url"] for event in self.seen("Network.requestWillBeSent")]
         asked += [event["url"] for event in self.seen("Network.webSocketCreated")]
         return [address for address in asked if not address.startswith("data:")]
+
+    def blocked(self) -> list[str]:
+        "Addresses of those that the page's policy did not let out."
+        failed = {event["requestId"]: event.get("blockedReason") for event in self.seen("Network.loadingFailed")}
+        asked = self.seen("Network.requestWillBeSent")
+        return [event["request"]["url"] for event in asked if failed.get(event["requestId"]) == "csp"]
 
     def complaints(self) -> list[str]:
         "Scripts that ran, dialogs, and what the console says."
