@@ -124,7 +124,7 @@ def label_table(
     }
 
 # %% ../nbs/08bb_data_facts.ipynb #bee3b1f4
-N_COUNTED = 50_000  # Rows of a set whose labels are counted, at most
+N_COUNTED = 20_000  # Rows of a set whose labels are counted, at most
 
 
 def data_facts(
