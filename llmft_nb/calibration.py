@@ -154,6 +154,8 @@ def worst_slices(
         found.append((name, score_share(n_hit, n), n_other / (len(hits) - n), float(fisher_exact(table)[1])))
     corrected = holm([p_value for *_, p_value in found])
     slices = [Slice(name, share, others, p) for (name, share, others, _), p in zip(found, corrected, strict=True)]
-    return sorted(slices, key=lambda one: (one.p_value if one.right.value < one.others else 2 - one.p_value, one.name))[
-        :n_most
-    ]
+
+    def rank(one: Slice) -> tuple[float, float, str]:
+        return (one.p_value if one.right.value < one.others else 2 - one.p_value, one.right.value, one.name)
+
+    return sorted(slices, key=rank)[:n_most]

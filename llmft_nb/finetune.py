@@ -22,6 +22,7 @@ from .bases import CATALOGUE
 from .callbacks import Callback, ProgressBar, TrainResult
 from .checkpoint import check_allowed, check_fingerprint
 from .core import Interrupted, RunRecord, StepClock, UserError, get_logger, write_record
+from .data_facts import data_facts
 from .data import TextDataLoader, TextDataset, TokenDataset
 from .forgetting import general_texts, measure_forgetting
 from .hparams import TrainSettings, head_lr, resolve_settings
@@ -301,6 +302,8 @@ def carry_out(
     record = start_record(splits, task, model, request.settings, request.origins, request.choices)
     record.plan.update(planned.as_record() if planned else {})
     record.data.update(request.reading, tokens=train.audit.describe())
+    lengths = {name: rows.lengths for name, rows in (("train", train), ("valid", valid))}
+    record.data["facts"] = data_facts(splits, lengths, task.name)
     if rejects:
         record.notes.append(f"{rejects.describe()} (rejects.jsonl)")
         record.data["n_rejected"] = len(rejects)

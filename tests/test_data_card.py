@@ -24,17 +24,8 @@ from transformers import AutoTokenizer, BertTokenizer
 from llmft_nb.audit import LengthReport, length_report
 from llmft_nb.cleaning import CleaningReport, Match
 from llmft_nb.core import UserError, assets_folder
-from llmft_nb.data_card import (
-    card_values,
-    count_bars,
-    data_card,
-    label_counts,
-    label_lines,
-    length_edges,
-    length_facts,
-    row_facts,
-    write_data_card,
-)
+from llmft_nb.data_card import card_values, data_card, row_facts, write_data_card
+from llmft_nb.data_facts import count_bars, label_counts, label_lines, length_edges, length_facts
 from llmft_nb.dialogues import InstructDataset
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.pages import visible

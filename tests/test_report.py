@@ -1,4 +1,4 @@
-"""The report and the card: strangers' text is inert (parsed, and in a browser), the card is valid, bytes repeat."""
+"""The report and the card: strangers' text is inert where it is parsed, the card is valid, bytes repeat."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import asdict
 from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +20,13 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from llmft_nb.core import RunRecord, UserError, write_record
+from llmft_nb.hub_metadata import card_metadata
 from llmft_nb.pages import curve_svg, duration, markdown_text, visible
-from llmft_nb.report import card_metadata, read_run, render_card, render_report, repeat_command, write_report
+from llmft_nb.report import read_run, render_card, render_report, repeat_command, write_report
 from llmft_nb.scores import compare_with, score_share
 
 ROOT = Path(__file__).resolve().parents[1]
-HOST = "http://127.0.0.1:9"  # Replaced by a listening server in the browser test
+HOST = "http://127.0.0.1:9"
 
 PAYLOADS = [
     "<script>document.title='pwned'</script>",
@@ -159,7 +157,7 @@ def test_front_matter_says_what_it_says_and_no_more(payload: str) -> None:
     card = ModelCard(render_card(make_run(payload)))
     names = {"license", "license_name", "library_name", "pipeline_tag", "tags", "metrics", "model-index"}
     assert set(card.data.to_dict()) == names, "what is no id of the hub is not linked as one"
-    assert (card.data.license, card.data.license_name) == ("other", visible(payload, n_most=80))
+    assert card.data.license == "other" and re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,79}", card.data.license_name)
     assert card.data.model_name == visible(payload)
     assert card.data.eval_results[0].metric_value == 0.75
 
@@ -180,103 +178,6 @@ def test_escaped_markdown_reads_back_as_the_text() -> None:
         page = Page(parsed)
         assert page.tags == []
         assert "".join(page.text) == f"x {visible(text)} x"
-
-
-# In a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; Debian's package is called chromium")
-
-
-def dump_page(path: Path, profile: Path, *flags: str) -> str:
-    "The page as the browser has it after running whatever there is to run."
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "--virtual-time-budget=2000", *flags, "--dump-dom"]
-    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
-
-
-@pytest.fixture
-def listener() -> Any:
-    "A server that notes who asks it for anything."
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
-
-
-@browser
-@pytest.mark.parametrize("with_policy", [True, False], ids=["policy", "escaping-alone"])
-def test_payloads_do_nothing_in_a_browser(with_policy: bool, listener: Any, tmp_path: Path) -> None:
-    "All payloads on one page; once as written, and once without the policy, so that the escaping is tried by itself."
-    address, asked = listener
-    run = make_run("plain", n_steps=20)
-    texts = [payload.replace(HOST, address) for payload in PAYLOADS]
-    run["predictions"] = [
-        {"text": text, "label": text, "predicted": f"not {text}", "probability": 0.9} for text in texts
-    ]
-    run["record"]["scores"]["test"]["baselines"] *= len(texts)
-    for i, text in enumerate(texts):
-        run["record"]["scores"]["test"]["baselines"][i] = {
-            **run["record"]["scores"]["test"]["baselines"][i],
-            "name": text,
-            "verdict": text,
-        }
-        run["record"]["settings"][text] = text
-        run["record"]["environment"][f"{text} {i}"] = text
-    source = render_report(run)
-    if not with_policy:
-        source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", source)
-    (tmp_path / "report.html").write_text(source, encoding="utf-8")
-    shown = Page(dump_page(tmp_path / "report.html", tmp_path / "profile"))
-    assert shown.tags[: shown.tags.index(("/title",))].count(("title",)) == 1
-    assert "plain · fine-tuning report" in shown.text, "a script changed the title"
-    assert not [tag for tag in shown.tags if tag[0] in {"script", "iframe", "img", "form", "base", "math"}]
-    assert not [tag for tag in shown.tags if "id" in tag[1:] and tag[0] == "p"]
-    assert asked == []
-
-
-@browser
-def test_the_browser_test_would_see_a_script_and_the_policy_stops_it(listener: Any, tmp_path: Path) -> None:
-    "The control: the same payload unescaped works without the policy and does not with it."
-    address, asked = listener
-    evil = f"<script>document.title='pwned'</script><img src='{address}/pixel.png'>"
-    source = render_report(make_run()).replace("</main>", f"{evil}</main>")
-    open_source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", source)
-    (tmp_path / "open.html").write_text(open_source, encoding="utf-8")
-    (tmp_path / "closed.html").write_text(source, encoding="utf-8")
-    assert "<title>pwned" in dump_page(tmp_path / "open.html", tmp_path / "profile1")
-    assert asked == ["/pixel.png"]
-    asked.clear()
-    assert "<title>plain" in dump_page(tmp_path / "closed.html", tmp_path / "profile2")
-    assert asked == []
-
-
-@browser
-@pytest.mark.parametrize("width", [360, 1200])
-def test_no_part_of_the_page_is_wider_than_the_window(width: int, tmp_path: Path) -> None:
-    "Long words without a blank must wrap on a phone too; measured in a frame of that width."
-    report = render_report(make_run("Donaudampfschifffahrtsgesellschaft" * 4, n_steps=9))
-    (tmp_path / "report.html").write_text(report, encoding="utf-8")
-    frame = f"<title>?</title><iframe id=f src=report.html style='width:{width}px;height:800px;border:0'></iframe>"
-    script = "const d = f.contentDocument.documentElement; document.title = d.scrollWidth + '/' + d.clientWidth"
-    (tmp_path / "frame.html").write_text(f"{frame}<script>f.onload = () => {{ {script} }}</script>", encoding="utf-8")
-    shown = dump_page(tmp_path / "frame.html", tmp_path / "profile", "--allow-file-access-from-files")
-    content, window = map(int, re.search(r"<title>(\d+)/(\d+)</title>", shown).groups())  # type: ignore[union-attr]
-    assert content <= window <= width
 
 
 # The page and the card
@@ -418,7 +319,8 @@ def test_several_labels_a_row_have_wrong_answers_but_no_confusions() -> None:
     ]
     page = render_report(run)
     assert "too dear" in page
-    assert "where is it?" not in page
+    wrong, right = page.split("<h2>Right answers")
+    assert "where is it?" in right and "where is it?" not in wrong and "too dear" not in right
     assert "Commonest confusions" not in page
 
 

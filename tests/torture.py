@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 if __name__ == "__main__":  # Before any of these libraries is loaded
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
+import pages  # noqa: E402
 import surroundings  # noqa: E402
 import test_cleaning  # noqa: E402
 import test_model_gate  # noqa: E402
@@ -79,6 +80,11 @@ def artefact(number: int, shared: Path, folder: Path) -> str:
     return ""
 
 
+def payload(number: int, shared: Path, folder: Path) -> str:
+    "S3: a stranger's text in every place of every page, in a browser."
+    return pages.check_payloads(pages.PAYLOADS[number : number + 1], folder)
+
+
 def offline_suite(number: int, shared: Path, folder: Path) -> str:
     "S4: all tests, with no connection but to this machine."
     command = [sys.executable, "-m", "pytest", "-q", "--no-header"]
@@ -104,6 +110,7 @@ def figures() -> list[Figure]:
         Figure("R9", "memory ends in the k-th micro-batch", 24, torture_runs.out_of_memory),
         Figure("S1", "a malicious model", len(test_model_gate.SPOILT), artefact),
         Figure("S2", "a secret somewhere", len(torture_runs.PLACES), torture_runs.kept_secret),
+        Figure("S3", "a stranger's text on every page", len(pages.PAYLOADS), payload),
         Figure("R7", "run again elsewhere", 10, torture_runs.rerun, 300),
         Figure("R6", "SIGTERM at a random instant", 50, torture_runs.terminated, 300),
         Figure("R1", "kill -9 at a random instant", 200, torture_runs.killed, 300),
