@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .bases import weights_fingerprint
 from .adapters import merge_adapters, save_adapters
 from .checkpoint import hold_folder, is_held, remove_folder
 from .core import RunRecord, UserError, get_logger, probe_device, read_record, write_atomic
@@ -117,9 +118,10 @@ def keep_adapters(
 def save_model(
     model: TunableModel,  # With its best weights
     out: Path,  # The run's folder
-) -> None:
+) -> str:  # Fingerprint of its weights: a run that begins with this model has it too
     "Write the folder `model`, whole or not at all."
     write_folder(out / "model", model.to("cpu").save_pretrained)
+    return weights_fingerprint(out / "model")
 
 # %% ../nbs/09_runs.ipynb #1573e2d1
 def save_answers(
