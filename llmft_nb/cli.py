@@ -117,13 +117,14 @@ def runs(
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
 ) -> None:
-    "List finished and unfinished runs with their scores."
+    "List runs with their scores, which began with which, and fingerprints of rows and models."
     with exit_statuses(as_json, log_level, debug):
-        from llmft_nb.runs import list_runs
+        from llmft_nb.runs import list_runs, run_tree
 
         if not folder.is_dir():
             raise UserError("no such folder", where=str(folder), mend="name a folder of runs")
-        show_table(list_runs(folder), as_json)
+        lines = list_runs(folder)
+        show_table(lines if as_json else run_tree(lines), as_json)
 
 # %% ../nbs/10d_cli.ipynb #fdeccbff
 @app.command()
