@@ -275,6 +275,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llmft_nb/comparison.py'),
                                      'llmft_nb.comparison.Comparison.leading': ( 'comparison.html#comparison.leading',
                                                                                  'llmft_nb/comparison.py'),
+                                     'llmft_nb.comparison.Comparison.mark': ('comparison.html#comparison.mark', 'llmft_nb/comparison.py'),
+                                     'llmft_nb.comparison.Comparison.rows': ('comparison.html#comparison.rows', 'llmft_nb/comparison.py'),
                                      'llmft_nb.comparison.Pairing': ('comparison.html#pairing', 'llmft_nb/comparison.py'),
                                      'llmft_nb.comparison.base_name': ('comparison.html#base_name', 'llmft_nb/comparison.py'),
                                      'llmft_nb.comparison.baseline_lines': ('comparison.html#baseline_lines', 'llmft_nb/comparison.py'),

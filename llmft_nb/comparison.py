@@ -258,7 +258,8 @@ def reader_notes(
         sets.setdefault(rows, []).append(run)
     if len(sets) > 1:
         found = [
-            f"{', '.join(run.name for run in some)} ({some[0].record['data'].get('n_train', '?')} rows, {sha256_json(rows)[:8]})"
+            f"{', '.join(run.name for run in some)} ({some[0].record['data'].get('n_train', '?')} rows, "
+            f"{sha256_json(rows)[:8]})"
             for rows, some in sets.items()
         ]
         notes.append("Not all runs learnt from the same rows: " + "; ".join(found))
@@ -316,9 +317,23 @@ class Comparison:
         return self.contenders[0].runs[0].headline
 
     @property
+    def rows(self) -> tuple[str, ...]:  # Identity of each
+        "The test rows that all share."
+        return self.contenders[0].runs[0].rows
+
+    @property
     def leading(self) -> list[int]:  # Places; one: it is shown to be the best
         "Who may be the best."
         return leading_group(self.pairs)
+
+    def mark(
+        self,
+        place: int,  # Of a contender
+    ) -> str:  # "best" where that is shown, "leading" where it may be, or ""
+        "What a contender may be called."
+        if place not in self.leading or not self.pairs:
+            return ""
+        return "best" if len(self.leading) == 1 else "leading"
 
     def against_first(
         self,
@@ -330,6 +345,8 @@ class Comparison:
     def describe(self) -> str:  # One sentence
         "What may be said."
         names = [self.contenders[place].name for place in self.leading]
+        if not self.pairs:
+            return "the runs differ in nothing but the seed"
         if len(names) == 1:
             return f"{names[0]} is better than every other"
         among = "any of them" if len(names) == len(self.contenders) else f"the leading: {', '.join(names)}"
@@ -341,17 +358,13 @@ class Comparison:
         lines = []
         for place, one in enumerate(self.contenders):
             seeds = [{"run": str(run.folder), "seed": run.seed, **run.score} for run in one.runs]
-            mark = "" if place not in self.leading else "best" if len(self.leading) == 1 else "leading"
             costs = contender_costs(one)
-            line = {"name": one.name, "mark": mark, "runs": seeds, "test": self.scores[place], **costs}
+            line = {"name": one.name, "mark": self.mark(place), "runs": seeds, "test": self.scores[place], **costs}
             lines.append(line | {"gain": self.gains[place], "forgotten": self.bills[place]})
         pairs = [asdict(pair) for pair in self.pairs]
         for pair in pairs:
             pair |= {end: self.contenders[pair[end]].name for end in ("first", "second")}
-        rows = {
-            "n": len(self.contenders[0].runs[0].rows),
-            "fingerprint": sha256_json(self.contenders[0].runs[0].rows)[:8],
-        }
+        rows = {"n": len(self.rows), "fingerprint": sha256_json(self.rows)[:8]}
         found = {"task": record["task"], "headline": self.headline, "test_rows": rows, "verdict": self.describe()}
         found |= {"contenders": lines, "pairs": pairs, "baselines": baseline_lines(self.contenders)}
         return found | {"notes": reader_notes(self.contenders)}
