@@ -262,18 +262,20 @@ def reader_notes(
             f"{sha256_json(rows)[:8]})"
             for rows, some in sets.items()
         ]
-        notes.append("Not all runs learnt from the same rows: " + "; ".join(found))
+        notes.append("Not all runs learnt from the same rows: " + "; ".join(found) + ".")
     if len({run.record["fingerprint"].get("valid") for run in runs}) > 1:
-        notes.append("Validation scores were not all counted on the same rows, and cannot be compared")
+        notes.append("Validation scores were not all counted on the same rows, and cannot be compared.")
     for run in runs:
         if run.record["test_looks"] > 1:
             looks = f"The test rows of {run.name} were scored {run.record['test_looks']} times"
-            notes.append(f"{looks}: a score that helped to choose is too good")
+            notes.append(f"{looks}: a score that helped to choose is too good.")
     if single := [one.name for one in contenders if len(one.runs) == 1]:
-        notes.append("A single seed each, so that what another would have brought is not known: " + ", ".join(single))
+        notes.append(
+            "A single seed each, so that what another would have brought is not known: " + ", ".join(single) + "."
+        )
     masked = any(str(run.record["model"].get("architecture")).endswith("MaskedLM") for run in runs)
     if runs[0].record["task"] == "text" and masked and len({run.seed for run in runs}) > 1:
-        notes.append("Each seed hides other words of the test texts from a masked model")
+        notes.append("Each seed hides other words of the test texts from a masked model.")
     return notes + [f"{run.name}: {note}" for run in runs for note in run.record["notes"]]
 
 # %% ../nbs/08f_comparison.ipynb #e663c39e
@@ -349,7 +351,7 @@ class Comparison:
             return "the runs differ in nothing but the seed"
         if len(names) == 1:
             return f"{names[0]} is better than every other"
-        among = "any of them" if len(names) == len(self.contenders) else f"the leading: {', '.join(names)}"
+        among = f"all {len(names)}" if len(names) == len(self.contenders) else f"the leading: {', '.join(names)}"
         return f"no difference shown among {among}"
 
     def as_record(self) -> dict[str, Any]:  # Plain values

@@ -63,25 +63,23 @@ def place_labels(
     points: Sequence[tuple[float, float]],  # Where the dots are, in points of print
     widths: Sequence[float],  # Of the labels
     space: tuple[float, float],  # Width and height there is, from (0, 0)
+    lines: Sequence[tuple[float, float, float, float]] = (),  # Boxes that had better not be covered either
     height: float = 12.0,  # Of a label
 ) -> list[tuple[float, float]]:  # Left and bottom of each label
     "Put labels beside dots so that they cover neither each other nor the dots."
     dots = [(x - 4, y - 4, 8.0, 8.0) for x, y in points]
     placed = list[tuple[float, float, float, float]]()
     for (x, y), width in zip(points, widths, strict=True):
-        best, least = (x + 7, y - height / 2, width, height), float("inf")
-        for away in (7, 14, 22, 32, 44, 58, 74, 92, 112, 134):
+        found = list[tuple[float, int, tuple[float, float, float, float]]]()
+        for away in (4, 7, 14, 22, 32, 44, 58, 74, 92, 112, 134):
             across = {1: x + away, -1: x - away - width, 0: x - width / 2}
             along = {0: y - height / 2, 1: y + away, -1: y - away - height}
-            for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
+            for i, j in ((1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (-1, 0), (0, 1), (0, -1)):
                 box = (across[i], along[j], width, height)
-                cost = sum(overlap(box, other) for other in (*placed, *dots))
-                cost += 3 * (width * height - overlap(box, (0.0, 0.0, *space))) + away / 100
-                if cost < least:
-                    best, least = box, cost
-            if least < 2:
-                break
-        placed.append(best)
+                cost = 9 * sum(overlap(box, other) for other in (*placed, *dots)) + away
+                cost += sum(overlap(box, line) for line in lines)
+                found.append((cost + 9 * (width * height - overlap(box, (0.0, 0.0, *space))), len(found), box))
+        placed.append(min(found)[2])
     return [(left, bottom) for left, bottom, _, _ in placed]
 
 # %% ../nbs/08g_comparison_page.ipynb #5c976ac2
@@ -121,13 +119,21 @@ def draw_points(
         axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.margins(0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(xlabel=f"gain over the untuned base, {unit}", ylabel="perplexity of general text, times the base's")
+    axes.set(xlabel=f"gain over the untuned base, {unit}", ylabel="general perplexity, times the base's")
     figure.draw_without_rendering()
     to_print = 72 / figure.dpi
     corner, far = (to_print * end for end in axes.get_window_extent().get_points())
-    dots = [to_print * axes.transData.transform((one["x"][1], one["y"][1])) - corner for one in points]
-    places = [(float(x), float(y)) for x, y in dots]
-    found = place_labels(places, [text_width(one["label"]) for one in points], tuple(far - corner))
+
+    def in_print(x: float, y: float) -> tuple[float, float]:
+        across, along = to_print * axes.transData.transform((x, y)) - corner
+        return float(across), float(along)
+
+    places, lines = [in_print(one["x"][1], one["y"][1]) for one in points], []
+    for one, (x, y) in zip(points, places, strict=True):
+        (left, _), (right, _) = (in_print(one["x"][end], one["y"][1]) for end in (0, 2))
+        (_, low), (_, high) = (in_print(one["x"][1], one["y"][end]) for end in (0, 2))
+        lines += [(left, y - 1, right - left, 2.0), (x - 1, low, 2.0, high - low)]
+    found = place_labels(places, [text_width(one["label"]) for one in points], tuple(far - corner), lines)
     for one, (x, y), (left, bottom) in zip(points, places, found, strict=True):
         away = (left - x, bottom - y)
         options = {"textcoords": "offset points", "fontsize": 9, "parse_math": False, "annotation_clip": False}
@@ -147,7 +153,7 @@ def gain_svg(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A font without some letters; the reader's has them
         label = "Gain on the task against perplexity on general text, a point a run"
-        return draw_svg(lambda figure: draw_points(figure, points, unit), label, (4.9, 3.9))
+        return draw_svg(lambda figure: draw_points(figure, points, unit), label, (4.3, 3.6))
 
 # %% ../nbs/08g_comparison_page.ipynb #316ace2e
 def seed_words(
