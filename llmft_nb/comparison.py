@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'row_pulls', 'seed_pulls', 'contender_score', 'unlike_seeds', 'Pairing', 'compare_pair', 'compare_all',
            'leading_group', 'task_gain', 'forgotten', 'base_name', 'mean_known', 'contender_costs',
-           'chosen_differently', 'reader_notes', 'baseline_lines', 'Comparison', 'compare_runs']
+           'chosen_differently', 'reader_notes', 'baseline_lines', 'Comparison', 'weigh_runs', 'compare_runs']
 
 # %% ../nbs/08f_comparison.ipynb #76c1e98e
 import math
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import sha256_json
+from .core import UserError, sha256_json
 from .report import public_name
 from .resampling import PairedDifference, Statistic, holm, paired_permutation, seeded_difference
 from llmft_nb.scored_runs import (
@@ -372,19 +372,16 @@ class Comparison:
         return found | {"notes": reader_notes(self.contenders)}
 
 # %% ../nbs/08f_comparison.ipynb #b594fb6d
-def compare_runs(
-    folders: Sequence[Path],  # Of finished runs, two or more
-) -> Comparison:  # Or a `UserError` that says which run cannot be compared, and why
-    "Compare finished runs, row by row."
-    runs = [read_scored(Path(folder)) for folder in folders]
-    check_comparable(runs)
+def weigh_runs(
+    runs: Sequence[ScoredRun],  # Comparable ones
+) -> Comparison:  # The best score first
+    "Group runs, score the groups, and test them against each other."
     higher = STATISTICS[runs[0].headline].higher_is_better
     scored = [(contender_score(one), one) for one in group_runs(runs)]
     scored.sort(key=lambda pair: -pair[0]["value"] if higher else pair[0]["value"])
     contenders = [one for _, one in scored]
     found = [task_gain(one) for one in contenders]
-    known = holm([min(1.0, gain["p_value"]) for gain in found if gain is not None])
-    corrected = iter(known)
+    corrected = iter(holm([min(1.0, gain["p_value"]) for gain in found if gain is not None]))
     gains = [
         None if gain is None else gain | {"corrected": (p := next(corrected)), "verdict": verdict_of(gain["value"], p)}
         for gain in found
@@ -392,3 +389,19 @@ def compare_runs(
     bills = tuple(forgotten(one) for one in contenders)
     pairs = tuple(compare_all(contenders)) if len(contenders) > 1 else ()
     return Comparison(tuple(contenders), tuple(score for score, _ in scored), pairs, tuple(gains), bills)
+
+
+def compare_runs(
+    folders: Sequence[Path],  # Of finished runs, two or more
+) -> Comparison:  # Or a `UserError` that says which run cannot be compared, and why
+    "Compare finished runs, row by row."
+    runs = [read_scored(Path(folder)) for folder in folders]
+    check_comparable(runs)
+    try:
+        return weigh_runs(runs)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"a record is not such as a run writes it ({type(error).__name__}: {error})"
+        where = ", ".join(str(run.folder / "run.json") for run in runs)
+        raise UserError(what, where=where, mend="restore it, train again, or leave that run out") from error

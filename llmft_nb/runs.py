@@ -222,7 +222,8 @@ def begun_with(
 ) -> str:  # A name, and eight digits where a name says little
     "What a run began with, in a few words."
     if line["parents"]:
-        return f"run {visible(line['parents'][0], 60)}"
+        parent = Path(line["parents"][0])
+        return f"run {visible(parent if len(parent.parts) < 3 else '…/' + '/'.join(parent.parts[-2:]), 60)}"
     name = visible(public_name(line["model"] or "?", line["kind"] == "hub"), 60)
     return f"{name} {line['base_fingerprint']}" if line["kind"] == "folder" else name
 
