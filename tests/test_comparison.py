@@ -17,6 +17,7 @@ import pytest
 from test_report import HOST, PAYLOADS, Page, browser, dump_page, listener  # noqa: F401
 from typer.testing import CliRunner
 
+from llmft_nb.answers import token_f1
 from llmft_nb.cli import app
 from llmft_nb.comparison import compare_runs, row_pulls, unlike_seeds
 from llmft_nb.comparison_page import place_labels, render_comparison, table_lines, write_comparison
@@ -353,12 +354,13 @@ def test_names_of_groups_are_told_apart(tmp_path: Path) -> None:
     assert [one.name for one in group_runs([read_scored(run) for run in runs])] == ["x/run", "y/run"]
 
 
-def test_rows_divided_by_the_seed_are_the_same_rows(tmp_path: Path) -> None:
+def test_rows_divided_by_the_seed_are_the_same_rows(small_model: Path, tmp_path: Path) -> None:
     "Validation rows carved by the seed differ from run to run; what was learnt from is the same."
     rows = [{"text": f"the {word} no. {i}", "label": word} for i in range(60) for word in ("cat", "dog")]
     parts = {"test": Rows(rows[80:], [f"t:{i}" for i in range(40)], "test")}
     train = Rows(rows[:80], [f"a:{i}" for i in range(80)], "train")
     options: dict[str, Any] = {"epochs": 1, "strategy": "head", "precision": "f32", "callbacks": (), "leaks": "allow"}
+    options |= {"model": small_model, "general": ["It was a bright day."]}
     runs = [finetune(train, out=tmp_path / f"s{s}", seed=s, **options, **parts).folder for s in (0, 1)]
     prints = [read_record(run).fingerprint["train"] for run in runs]
     assert prints[0] != prints[1], "the seed divided the rows otherwise"
@@ -573,7 +575,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Any:
             options: dict[str, Any] = {"task": task, "model": model, "epochs": 1, "precision": "f32", "callbacks": ()}
             options |= {"leaks": "allow", "general": ["It was a bright day, and the clocks were striking."] * 3}
             options |= {"n_written": 10, "max_new_tokens": 6} if task == "instruct" else {}
-            train = pharmacy_rows(task, "train", 48)
+            train = pharmacy_rows(task, "train", 16 if task == "text" else 48)
             ways = (("full-0", "full", 0), ("full-1", "full", 1), ("top", "top:1", 0))
             known[task] = [
                 finetune(train, strategy=way, seed=seed, out=folder / name, **parts, **options).folder
@@ -639,13 +641,20 @@ def test_other_tokens_are_another_measure(made: Any, tmp_path: Path) -> None:
 
 
 def test_answers_written_for_other_rows(made: Any, tmp_path: Path) -> None:
-    runs = made("instruct")
-    rows = {name: pharmacy_rows("instruct", name, n) for name, n in (("valid", 12), ("test", 24))}
-    options: dict[str, Any] = {"task": "instruct", "epochs": 1, "precision": "f32", "callbacks": (), "leaks": "allow"}
-    options |= {"n_written": 5, "max_new_tokens": 4, "general": ["It was a bright day."] * 3}
-    fewer = finetune(pharmacy_rows("instruct", "train", 48), out=tmp_path / "fewer", **rows, **options).folder
-    with pytest.raises(UserError, match="another choice of test rows"):
-        compare_runs([*runs, fewer])
+    "With another --n-written the score is counted on other rows, though the test set is the same."
+    copy = Path(shutil.copytree(made("instruct")[2], tmp_path / "fewer"))
+    file = copy / "test_predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    written = [line for line in lines if line.get("completion") is not None]
+    del written[0]["completion"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    record, kept = read_record(copy), written[1:]
+    value = float(np.mean([token_f1(line["completion"], line["label"]) for line in kept]))
+    test = record.scores["test"] | {"token_f1": {"value": value, "low": 0.0, "high": 1.0, "n": len(kept)}}
+    change_record(copy, scores=record.scores | {"test": test})
+    with pytest.raises(UserError, match="another choice of test rows") as caught:
+        compare_runs([*made("instruct")[:2], copy])
+    assert "--n-written" in caught.value.mend
 
 
 def test_texts_of_an_earlier_version_are_refused_with_a_reason(made: Any, tmp_path: Path) -> None:
@@ -660,19 +669,23 @@ def test_texts_of_an_earlier_version_are_refused_with_a_reason(made: Any, tmp_pa
 # Parents
 
 
-def test_parents_repetitions_and_fingerprints(tmp_path: Path, one_thread: None) -> None:
+def test_parents_repetitions_and_fingerprints(small_model: Path, tmp_path: Path) -> None:
     rows = {name: pharmacy_rows("classify", name, n) for name, n in (("valid", 12), ("test", 24))}
     files = {"data": tmp_path / "train.jsonl"} | {name: tmp_path / f"{name}.jsonl" for name in rows}
     for name, some in {"data": pharmacy_rows("classify", "train", 60), **rows}.items():
         files[name].write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     words = [word for name, file in files.items() for word in (f"--{name}", file)]
+    (tmp_path / "general.jsonl").write_text('{"text": "It was a bright day."}\n', encoding="utf-8")
+    words += ["--general", tmp_path / "general.jsonl"]
     base = ["train", *words, "--epochs", "1", "--strategy", "head", "--leaks", "allow", "--precision", "f32"]
     parent, elsewhere = tmp_path / "runs" / "first", tmp_path / "other" / "third"
-    assert llmft(*base, "--out", parent).exit_code == 0
+    assert llmft(*base, "--model", small_model, "--out", parent).exit_code == 0
     child = llmft(*base, "--model", parent / "model", "--out", tmp_path / "runs" / "second")
     assert child.exit_code == 0, child.stderr
     assert llmft(*base, "--model", parent / "model", "--seed", "1", "--out", elsewhere).exit_code == 0
-    again = llmft("train", "--from-report", parent, *words, "--out", tmp_path / "runs" / "z-again")
+    again = llmft(
+        "train", "--from-report", parent, *words, "--model", small_model, "--out", tmp_path / "runs" / "z-again"
+    )
     assert again.exit_code == 0, again.stderr
     listed = {line["run"]: line for line in json.loads(llmft("runs", tmp_path / "runs", "--json").stdout)}
     assert listed["first"]["parents"] == [] and listed["second"]["parents"] == ["first", "z-again"]
