@@ -17,7 +17,8 @@ import typer
 
 from .commands import Debug, Json, Level, app
 from .core import UserError
-from .shell import is_model, show_answer, show_checks, show_demo, show_scores, show_table, show_tokens, talk
+from .shell import is_model, show_answer, show_checks, show_comparison, show_demo, show_scores
+from .shell import show_table, show_tokens, talk
 from .typed import LogLevel, batches_of, exit_statuses, parse_columns
 
 # %% ../nbs/10d_cli.ipynb #bfd47008
@@ -117,13 +118,14 @@ def runs(
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
 ) -> None:
-    "List finished and unfinished runs with their scores."
+    "List runs with their scores, which began with which, and fingerprints of rows and models."
     with exit_statuses(as_json, log_level, debug):
-        from llmft_nb.runs import list_runs
+        from llmft_nb.runs import list_runs, run_tree
 
         if not folder.is_dir():
             raise UserError("no such folder", where=str(folder), mend="name a folder of runs")
-        show_table(list_runs(folder), as_json)
+        lines = list_runs(folder)
+        show_table(lines if as_json else run_tree(lines), as_json)
 
 # %% ../nbs/10d_cli.ipynb #fdeccbff
 @app.command()
@@ -225,15 +227,29 @@ def tokens(
 # %% ../nbs/10d_cli.ipynb #8106e60e
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs' folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page of several runs; else comparison.html in their folder.")
+    ] = None,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
 ) -> None:
-    "Write a run's report and model card again."
+    "Write a run's report and model card again; of several runs, compare them on one page."
     with exit_statuses(as_json, log_level, debug):
+        if len(runs) > 1:
+            from llmft_nb.comparison_page import write_comparison
+
+            show_comparison(*write_comparison(runs, out), as_json)
+            return
         from llmft_nb.report import write_report
 
+        (run,) = runs
+        if out is not None:
+            why = "its report and its card lie in its folder"
+            raise UserError(
+                "one run has its place", where=f"--out {out}", why=why, mend="name several runs, or no --out"
+            )
         write_report(run)
         print(json.dumps({"report": str(run / "report.html")}) if as_json else run / "report.html")
 

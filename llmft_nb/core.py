@@ -216,6 +216,7 @@ class RunRecord:
     plan: dict[str, Any] = field(default_factory=dict)  # What was planned, and how far off it was; empty without one
     notes: list[str] = field(default_factory=list)  # What a reader of the scores has to know
     checks: list[dict[str, str]] = field(default_factory=list)  # What was looked at before the first step
+    lineage: dict[str, str | dict[str, str]] = field(default_factory=dict)  # Hashes of model and rows; what is repeated
     test_looks: int = 0  # How often the test split has been scored
     format_version: int = FORMAT_VERSION  # Raised when a reader of an older version would misread
 

@@ -115,6 +115,7 @@ class Request:
     strict: bool = False  # Whether warnings end the run before it begins
     findings: tuple[str, ...] = ()  # Names of those that do not
     same_as: Mapping[str, str] = field(default_factory=dict)  # Fingerprints of rows and base of the run it repeats
+    repeats: dict[str, str] = field(default_factory=dict)  # Name and model of that run
     reading: dict[str, Any] = field(default_factory=dict)  # How the rows are read: "columns" and "policy"
 
 # %% ../nbs/10a_finetune.ipynb #b094669c
@@ -301,6 +302,8 @@ def carry_out(
     request, planned = with_plan(request, model, train, valid)
     record = start_record(splits, task, model, request.settings, request.origins, request.choices)
     record.plan.update(planned.as_record() if planned else {})
+    record.lineage.update(rows_sha256=task.learnt_fingerprint(splits))
+    record.lineage.update({"repeats": request.repeats} if request.repeats else {})
     record.data.update(request.reading, tokens=train.audit.describe())
     lengths = {name: rows.lengths for name, rows in (("train", train), ("valid", valid))}
     record.data["facts"] = data_facts(splits, lengths, task.name)
@@ -340,7 +343,7 @@ def carry_out(
     scores["forgetting"] = forgetting_record(model, general)
     clock.start("9 save")
     save_answers(folder, task.prediction_lines(splits.test, answers, before))
-    save_model(model, folder)
+    record.lineage.update(model_sha256=save_model(model, folder))
     clock.start("")
     kept = "; ".join(words for words in result.trunk if words)
     record.model.update(moved=moved, **({"trunk": kept} if kept else {}))
@@ -371,6 +374,7 @@ def finetune(
         str
     ] = (),  # Findings that do not, e.g. "copies"; what may differ from the run gone on with, e.g. "lr"
     same_as: Mapping[str, str] | None = None,  # Fingerprints of the run that this one is to repeat
+    repeats: Mapping[str, str] | None = None,  # That run's name and the hash of its model, for the record
     prompt_template: str | None = None,  # Makes a prompt of several columns, e.g. "{instruction}\n{input}"
     system: str | None = None,  # What every conversation begins with
     question: str | None = None,  # A text to ask before and after
@@ -386,7 +390,7 @@ def finetune(
     choices = {"task": task, "strategy": strategy, "init": init, **given}
     with claim_folder(out, resume) as folder:
         request = check_request(choices, model, folder, resume, config, settings, allow, strict)
-        request = dataclasses.replace(request, same_as=dict(same_as or {}))
+        request = dataclasses.replace(request, same_as=dict(same_as or {}), repeats=dict(repeats or {}))
         request.reading.update(columns=dict(columns or {}), policy=leaks)
         if request.earlier is not None and request.earlier.status == "finished":
             if not {"report.html", "README.md"} <= {path.name for path in request.folder.iterdir()}:

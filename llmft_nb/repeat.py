@@ -54,6 +54,8 @@ def read_recipe(
     arguments |= {"columns": data["columns"]} if data.get("columns") else {}
     arguments |= {"leaks": data.get("policy", "drop")}
     arguments |= {"bad_rows": "quarantine"} if data.get("n_rejected") else {}
+    kept = (record.get("lineage") or {}).get("model_sha256", "")
+    arguments["repeats"] = {"run": path.resolve().parent.name, "model_sha256": kept}
     if model["kind"] == "hub":
         arguments["model"] = f"{model['name']}@{model['revision']}"
     elif model["name"] in CATALOGUE:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN_NAMES', 'prepare_folder', 'next_folder', 'claim_folder', 'describe_environment', 'write_folder', 'keep_adapters',
-           'save_model', 'save_answers', 'list_runs']
+           'save_model', 'save_answers', 'short_hash', 'run_line', 'find_parents', 'list_runs', 'begun_with',
+           'run_tree', 'tree_cells']
 
 # %% ../nbs/09_runs.ipynb #9532cecb
 import contextlib
@@ -16,10 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .bases import weights_fingerprint
 from .adapters import merge_adapters, save_adapters
 from .checkpoint import hold_folder, is_held, remove_folder
-from .core import RunRecord, UserError, get_logger, probe_device, read_record, write_atomic
+from .core import RunRecord, UserError, get_logger, probe_device, read_record, sha256_json, write_atomic
 from .modeling import TunableModel
+from .pages import score_value, visible
+from .report import public_name, validation_words
 
 # %% ../nbs/09_runs.ipynb #b275e9f5
 OWN_NAMES = {"run.json", "metrics.jsonl", "timings.jsonl", "checkpoints", "model", "report.html", "README.md"}
@@ -117,9 +121,10 @@ def keep_adapters(
 def save_model(
     model: TunableModel,  # With its best weights
     out: Path,  # The run's folder
-) -> None:
+) -> str:  # Fingerprint of its weights: a run that begins with this model has it too
     "Write the folder `model`, whole or not at all."
     write_folder(out / "model", model.to("cpu").save_pretrained)
+    return weights_fingerprint(out / "model")
 
 # %% ../nbs/09_runs.ipynb #1573e2d1
 def save_answers(
@@ -130,34 +135,138 @@ def save_answers(
     write_atomic(out / "test_predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 # %% ../nbs/09_runs.ipynb #c2a95a50
+def short_hash(
+    *hashes: str | None,  # Of rows, or of a model's files (joined by "+"), or a commit
+) -> str | None:  # Eight digits; None where one is not known
+    "What tells things apart on a screen."
+    if not all(hashes):
+        return None
+    whole = hashes[0] or ""
+    return whole[:8] if len(hashes) == 1 and "+" not in whole else sha256_json(list(hashes))[:8]
+
+
+def run_line(
+    folder: Path,  # A run's
+    record: RunRecord,  # Its record
+) -> dict[str, Any]:  # What a list says of it, but for its parents
+    "A run as a line."
+    headline = record.scores.get("test", {}).get("headline", "accuracy")
+    test, was, model = record.scores.get("test", {}).get(headline, {}), record.fingerprint, record.model
+    learnt = record.lineage.get("rows_sha256") or short_hash(was.get("train"), was.get("valid"))
+    repeats = record.lineage.get("repeats")
+    return {
+        "run": folder.name,
+        "status": "stopped" if record.status == "running" and not is_held(folder) else record.status,
+        "task": record.task,
+        "data": record.data.get("source"),
+        "model": model.get("name"),
+        "kind": model.get("kind"),
+        "strategy": record.settings.get("strategy"),
+        "seed": record.settings.get("seed"),
+        "score": headline,
+        "valid": record.scores.get("validation", {}).get(headline),
+        "test": test.get("value"),
+        "test_interval": [test["low"], test["high"]] if test else None,
+        "data_fingerprint": short_hash(str(learnt or ""), was.get("test")),
+        "base_fingerprint": short_hash(model.get("sha256") or model.get("revision")),
+        "model_fingerprint": short_hash(str(record.lineage.get("model_sha256") or "")),
+        "repeats": repeats.get("run") if isinstance(repeats, dict) else None,
+        "validation": validation_words(record.scores.get("validation", {}), headline),
+    }
+
+# %% ../nbs/09_runs.ipynb #d5d51bc9
+def find_parents(
+    folder: Path,  # A run's
+    record: RunRecord,  # Its record
+    others: Mapping[Path, RunRecord],  # Folders and records of the runs beside it
+) -> list[str]:  # Names of runs beside it, or the path of one elsewhere; more than one where runs saved the same model
+    "The run whose model a run began with."
+    began = record.model.get("sha256")
+    same = [one for one, its in others.items() if one != folder and began and its.lineage.get("model_sha256") == began]
+    if same:
+        return [one.name for one in sorted(same, key=lambda one: ("repeats" in others[one].lineage, one.name))]
+    if record.model.get("kind") != "folder" or not record.model.get("location"):
+        return []
+    parent = Path(str(record.model["location"])).resolve().parent
+    try:
+        kept = read_record(parent).lineage.get("model_sha256")
+    except (UserError, OSError):
+        return []
+    if parent == folder.resolve() or kept not in {None, began}:
+        return []
+    return [parent.name if parent.parent == folder.resolve().parent else str(parent)]
+
+# %% ../nbs/09_runs.ipynb #c736b773
 def list_runs(
     parent: Path,  # A folder of runs
-) -> list[
-    dict[str, Any]
-]:  # One line a run, by name: folder, status, model, strategy, seed, validation and test accuracy
+) -> list[dict[str, Any]]:  # By name: status, base, strategy, seed, scores, fingerprints, "parents", "repeats", …
     "What runs a folder holds."
-    lines: list[dict[str, Any]] = []
+    lines, records = dict[Path, dict[str, Any]](), dict[Path, RunRecord]()
     for path in sorted(parent.glob("*/run.json")):
+        folder = path.parent
         try:
-            record = read_record(path.parent)
+            records[folder] = read_record(folder)
+            lines[folder] = run_line(folder, records[folder])
         except UserError as error:
-            lines.append({"run": path.parent.name, "status": f"unreadable: {error.what}"})
+            lines[folder] = {"run": folder.name, "status": f"unreadable: {error.what}"}
+        except (AttributeError, KeyError, TypeError) as error:
+            lines[folder] = {"run": folder.name, "status": f"unreadable: not a run record ({error})"}
+            del records[folder]
+    for folder, record in records.items():
+        lines[folder]["parents"] = find_parents(folder, record, records)
+    return list(lines.values())
+
+# %% ../nbs/09_runs.ipynb #5068df42
+def begun_with(
+    line: Mapping[str, Any],  # Of `list_runs`
+) -> str:  # A name, and eight digits where a name says little
+    "What a run began with, in a few words."
+    if line["parents"]:
+        parent = Path(line["parents"][0])
+        return f"run {visible(parent if len(parent.parts) < 3 else '…/' + '/'.join(parent.parts[-2:]), 60)}"
+    name = visible(public_name(line["model"] or "?", line["kind"] == "hub"), 60)
+    return f"{name} {line['base_fingerprint']}" if line["kind"] == "folder" else name
+
+
+def run_tree(
+    lines: Sequence[Mapping[str, Any]],  # Of `list_runs`
+) -> list[dict[str, str]]:  # The same for people, children below their parents
+    "Runs as a tree."
+    names = {line["run"] for line in lines}
+    below: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        near = [one for one in line.get("parents", []) if one in names]
+        below.setdefault(near[0] if near else "", []).append(line)
+    shown, seen, waiting = list[dict[str, str]](), set[str](), [(line, 0) for line in reversed(below.get("", []))]
+    while waiting or len(seen) < len(names):
+        if not waiting:  # A ring, which no honest records make
+            waiting = [next((line, 0) for line in lines if line["run"] not in seen)]
+        line, depth = waiting.pop()
+        if line["run"] in seen:
             continue
-        headline = record.scores.get("test", {}).get("headline", "accuracy")
-        test = record.scores.get("test", {}).get(headline, {})
-        lines.append(
-            {
-                "run": path.parent.name,
-                "status": "stopped" if record.status == "running" and not is_held(path.parent) else record.status,
-                "task": record.task,
-                "data": record.data.get("source"),
-                "model": record.model.get("name"),
-                "strategy": record.settings.get("strategy"),
-                "seed": record.settings.get("seed"),
-                "score": headline,
-                "valid": record.scores.get("validation", {}).get(headline),
-                "test": test.get("value"),
-                "test_interval": [test["low"], test["high"]] if test else None,
-            }
-        )
-    return lines
+        seen.add(line["run"])
+        shown.append({"run": "  " * (depth - 1) + "└ " * (depth > 0) + visible(line["run"], 60), **tree_cells(line)})
+        waiting += [(child, depth + 1) for child in reversed(below.get(line["run"], []))]
+    return shown
+
+# %% ../nbs/09_runs.ipynb #4d10c5a1
+def tree_cells(
+    line: Mapping[str, Any],  # Of `list_runs`
+) -> dict[str, str]:  # By the names of columns
+    "What the tree says of a run beside its name."
+    status = visible(line["status"], 200)
+    if "parents" not in line:
+        return {"status": status}
+    test, unit = line["test_interval"], line["score"]
+    ends = ", ".join(score_value(unit, end).removesuffix(" %") for end in test) if test else ""
+    return {
+        "status": status + (f", {visible(line['repeats'], 40)} again" if line["repeats"] else ""),
+        "task": visible(line["task"], 20),
+        "began with": begun_with(line),
+        "strategy": visible(line["strategy"] or "–", 30),
+        "seed": visible("–" if line["seed"] is None else line["seed"], 12),
+        "valid": line["validation"] or "–",
+        "test": f"{score_value(unit, line['test'])} [{ends}]" if test else "–",
+        "rows": line["data_fingerprint"] or "–",
+        "model": line["model_fingerprint"] or "–",
+    }

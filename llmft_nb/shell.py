@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN_SIZES', 'show_scores', 'show_run', 'asked_words', 'show_answer', 'show_table', 'show_value', 'is_model',
-           'show_checks', 'show_demo', 'plan_line', 'show_plans', 'show_attempt', 'show_tuned', 'show_tokens',
-           'take_turn', 'talk']
+           'show_checks', 'show_demo', 'plan_line', 'show_plans', 'show_attempt', 'show_tuned', 'show_comparison',
+           'show_tokens', 'take_turn', 'talk']
 
 # %% ../nbs/10a_shell.ipynb #2af6e5d9
 import dataclasses
@@ -269,6 +269,28 @@ def show_tuned(
     print("explains of the spread alone: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
     print(f"{len(tuned.attempts)} attempts in {tuned.seconds / 60:.1f} minutes; {tuned.verdict.describe()}")
     print(f"train by it: llmft train --config {tuned.folder / 'best.json'} --data …")
+
+# %% ../nbs/10a_shell.ipynb #cca43565
+def show_comparison(
+    compared: Any,  # As `write_comparison` returns it
+    file: Path,  # Where its page lies
+    as_json: bool,  # For programs
+) -> None:
+    "Print which of several runs is better than which."
+    if as_json:
+        print(json.dumps(finite({"page": str(file), **compared.as_record()}), ensure_ascii=False))
+        return
+    from llmft_nb.comparison import reader_notes
+    from llmft_nb.comparison_page import notices_of, screen_tables
+    from llmft_nb.pages import visible
+
+    for table in screen_tables(compared):
+        show_table(table, as_json=False)
+        print()
+    print(f"{visible(compared.describe())} (p-values corrected for {len(compared.pairs)} pairs)")
+    for note in [*reader_notes(compared.contenders), *notices_of(compared)]:
+        print(visible(note))
+    print(f"page: {file}")
 
 # %% ../nbs/10a_shell.ipynb #39da0b73
 def show_tokens(

@@ -179,13 +179,12 @@ class TagTask(Task):
         "Each test row with the spans it has, and those the model found."
         scheme = tag_scheme(tag for row in rows for tag in row["ner_tags"])
         lines = []
-        for row, place, answer in zip(rows, rows.places, answers, strict=True):
+        for row, place, answer, was in zip(rows, rows.places, answers, before["untuned base"], strict=True):
             said = [f"{span['text']} ({span['label']})" for span in answer["spans"]]
             spans = tag_spans(row["ner_tags"], scheme)
             wanted = [f"{' '.join(row['tokens'][span.start : span.stop])} ({span.label})" for span in spans]
             texts = {"text": " ".join(row["tokens"]), "label": ", ".join(wanted) or "none"}
             sure = min((span["score"] for span in answer["spans"]), default=None)
-            lines.append(
-                {**row, **texts, "place": place, "predicted": ", ".join(said) or "none", "probability": sure, **answer}
-            )
+            texts |= {"place": place, "predicted": ", ".join(said) or "none"}
+            lines.append({**row, **texts, "probability": sure, **answer, "untuned": was["tags"]})
         return lines

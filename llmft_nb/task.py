@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .adapters import apply_strategy, check_four_bit
-from .core import get_logger
+from .core import get_logger, sha256_json
 from .data import TokenDataset
 from .inference import padding_gap, row_losses
 from .objectives import perplexity
@@ -99,6 +99,15 @@ class Task:
         data |= {"n_left_out": splits.leaks.n_left_out, "leaks": splits.leaks.describe()}
         data |= {"notice": find_notice(splits.train.source), "licence": find_licence(splits.train.source)}
         return data | {"sources": given}, {name: rows.fingerprint for name, rows in named.items()}
+
+    def learnt_fingerprint(
+        self,
+        splits: Splits,  # Rows
+    ) -> str:  # 64 hexadecimal digits
+        "What the rows for training and validation are; where the seed divided them, however it did."
+        if "valid" not in splits.carved:
+            return sha256_json([splits.train.fingerprint, splits.valid.fingerprint])
+        return sha256_json(sorted(sha256_json(row) for rows in (splits.train, splits.valid) for row in rows))
 
     def fit_head(
         self,

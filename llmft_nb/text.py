@@ -6,6 +6,7 @@
 __all__ = ['StreamSplits', 'stream_splits', 'document_losses', 'without_blank', 'keeps_apart', 'TextTask', 'loss_table']
 
 # %% ../nbs/09c_text.ipynb #7232581c
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import UserError, get_logger
+from .core import UserError, get_logger, sha256_json
 from .corpus import CorpusDataset, build_corpus
 from .data import packed_inputs
 from .hparams import TrainSettings
@@ -163,6 +164,13 @@ class TextTask(Task):
         data |= {"notice": find_notice(splits.source), "licence": find_licence(splits.source)}
         return data, {name: part.fingerprint for name, part in named.items()}
 
+    def learnt_fingerprint(
+        self,
+        splits: Any,  # A `StreamSplits`
+    ) -> str:  # 64 hexadecimal digits
+        "What the texts for training and validation are, however they are divided."
+        return sha256_json([splits.train.texts.fingerprint, splits.valid.texts.fingerprint])
+
     keeps_apart: bool | None = None  # Whether the model can be given shared rows; None: not tried yet
 
     def may_pack(
@@ -254,9 +262,13 @@ class TextTask(Task):
         answers: Sequence[Mapping[str, Any]],  # The tuned model's
         before: Mapping[str, list[Any]],  # The untuned model's
     ) -> list[dict[str, Any]]:  # What `test_predictions.jsonl` keeps of each document
-        "What each document cost before and after; its text stays where it is."
+        "What each document cost before and after, with a hash by which it is known again; its text stays where it is."
+        known = {place: hashlib.sha256(text.encode()).hexdigest()[:16] for place, text in rows}
         pairs = zip(answers, before["untuned base"], strict=True)
-        return [{**answer, "untuned_loss_sum": was["loss_sum"]} for answer, was in pairs]
+        return [
+            {**answer, "untuned_loss_sum": was["loss_sum"], "text_hash": known[answer["place"]]}
+            for answer, was in pairs
+        ]
 
 # %% ../nbs/09c_text.ipynb #8769abe3
 def loss_table(
