@@ -53,9 +53,7 @@ def check_address(
         raise UserError("not an address of the web", where=where, mend=mend)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         what = "a name, password or query stands in the address, and addresses are kept with the verdicts"
-        raise UserError(
-            what, where=where, mend="take it out; a key belongs in an environment variable: --judge-key-env"
-        )
+        raise UserError(what, where=where, mend="take it out; a key belongs in a variable: --judge-key-env VAR")
     if parts.scheme == "http" and not is_here(parts.hostname) and (with_key or not plain_http):
         what = "plain http to another machine" + (" with a key" if with_key else "")
         mend = "take https, or a tunnel: ssh -L 8000:127.0.0.1:8000 " + parts.hostname
@@ -162,13 +160,10 @@ def read_reply(
     n_in, n_out = (count if isinstance(count, int) and 0 <= count < 10**9 else None for count in counts)
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     message = first.get("message")
-    text, finish = (
-        message.get("content") if isinstance(message, dict) else None,
-        without_key(str(first.get("finish_reason") or ""), key)[:40],
-    )
+    text = message.get("content") if isinstance(message, dict) else None
+    finish = without_key(str(first.get("finish_reason") or ""), key)[:40] if first else "no choice"
     if isinstance(text, list):  # Some servers send parts
         text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
-    finish = finish if first else "no choice"
     return Reply(without_key(text, key) if isinstance(text, str) else "", finish, model, n_in, n_out)
 
 # %% ../nbs/08e_asking.ipynb #b8deb16b
@@ -255,9 +250,8 @@ class Line:
                         raise Unanswered(f"the reply is longer than {LARGEST_REPLY_BYTES / 1e6:.0f} MB")
                 status, headers = response.status_code, response.headers
         except (httpx2.TransportError, httpx2.InvalidURL, OSError, ValueError) as error:
-            if isinstance(error, TimeoutError | httpx2.TimeoutException) and not isinstance(
-                error, httpx2.ConnectTimeout
-            ):
+            connects = isinstance(error, httpx2.ConnectTimeout)
+            if isinstance(error, TimeoutError | httpx2.TimeoutException) and not connects:
                 slow = f"no whole reply within {self.endpoint.timeout_s:g} s"
                 raise Unanswered(slow, "see that the server runs; --judge-timeout waits longer", n_tries=2) from None
             why = visible(without_key(str(error), self.key), 200) or type(error).__name__
