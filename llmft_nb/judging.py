@@ -285,6 +285,7 @@ def judge_rows(
     scale: str = "right",  # "right", "grade" or "pair"
     ask: Callable[..., Asked] = ask_all,  # Takes the endpoint, prompts, and who is told of each reply
     tell: Callable[[str], None] = lambda words: None,  # Told what it will cost
+    heard: Callable[[int, int], None] = lambda n_done, n_todo: None,  # Told how far it is, in another thread
 ) -> Judging:  # Every row with its line
     "Have rows judged, those alone of which nothing is kept."
     prompts = [judge_prompt(pattern, scale, item.texts) for item in items]
@@ -293,6 +294,8 @@ def judge_rows(
     missing = {key for key in keys if is_open(ledger.known.get(key), endpoint)}
     todo, n_kept = sorted(places[key] for key in missing), sum(key not in missing for key in keys)
     tell(cost_words([prompts[i] for i in todo], n_kept, endpoint))
+
+    done = list[int]()
 
     def keep(number: int, outcome: Reply | Unanswered) -> None:
         i = todo[number]
@@ -306,6 +309,8 @@ def judge_rows(
         else:
             line |= {"error": outcome.what}
         ledger.add(line)
+        done.append(number)
+        heard(len(done), len(todo))
 
     asked = ask(endpoint, [prompts[i] for i in todo], keep) if todo else Asked(0, 0)
     return Judging(tuple(items), tuple(ledger.known[key] for key in keys), scale, n_kept, asked)
