@@ -7,18 +7,23 @@ __all__ = ['JudgeOptions', 'question_words', 'judged_items', 'run_folder', 'base
            'evaluate_judged']
 
 # %% ../nbs/09e_judged.ipynb #27b5de86
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .answers import answer_columns, rouge_splitter
 from .asking import Endpoint, check_address, read_key
 from .core import UserError, probe_device, read_record
 from .instruct import answer_of
 from .judging import Item, Judging, draw_rows, judge_rows, open_ledger, read_template
-from .predict import Predictor, task_model_class
-from .rows import Rows
+from .predict import Predictor, load_predictor, task_model_class
+from .rows import LeakReport, Rows, read_rows
+from .splits import Splits
+from .tasks import task_of
+from .verdicts import summarise_judging, summarise_pairs
 
 # %% ../nbs/09e_judged.ipynb #072e8963
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def common_record(
         notes.append(f"judge and base are both of the name {word}: a model may prefer what sounds like itself")
     if without.total() > MANY_WITHOUT * len(judging.lines):
         reasons = ", ".join(f"{why} {n:,}" for why, n in without.most_common())
-        notes.append(f"{without.total():,} of {len(judging.lines):,} rows have no verdict ({reasons})")
+        notes.append(f"{without.total():,} of {len(judging.lines):,} replies hold no verdict ({reasons})")
     for option in judging.asked.dropped:
         notes.append(f"the server does not take {option}, so it was left out")
     found = {"scale": judging.scale, "judge": judge, "models": models, "n": len(judging.lines)}
