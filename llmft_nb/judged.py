@@ -147,13 +147,16 @@ def evaluate_judged(
     tell: Callable[[str], None] = lambda words: None,  # Told what it costs
 ) -> dict[str, Any]:  # Scores as `evaluate_predictor` gives them, and "judged"
     "Score a tuned model by rules, and have its answers judged."
-    _, pattern = options.check()
+    endpoint, pattern = options.check()
     folder = run_folder(Path(run))
+    path = options.out or folder / "judge.jsonl"
     predictor, base = load_predictor(run), base_of(folder)
     if predictor.task != "instruct":
         what = f"a run of the task {predictor.task} writes no answers"
         why = "its labels, tags or tokens are right or wrong by comparison, and a judge would only add mistakes"
         raise UserError(what, where="--judge", why=why, mend="leave --judge out")
+    with open_ledger(path):
+        pass  # A file that cannot be kept is heard of before the model has answered
     task = task_of(predictor)
     task.settings = replace(task.settings, n_written=max(task.settings.n_written, options.limit or 1))
     rows = task.check(read_rows(data, columns, split=split), predictor.model)
@@ -163,7 +166,6 @@ def evaluate_judged(
     written = [i for i, answer in enumerate(answers) if "completion" in answer]
     chosen = [written[k] for k in draw_rows(len(written), options.limit, options.seed)]
     asked, said = rows.subset(chosen), [str(answers[i]["completion"]) for i in chosen]
-    path = options.out or folder / "judge.jsonl"
     references = [answer_of(row) for row in asked]
     columns_of = answer_columns(said, references, rouge_splitter(references))
     rules = {name: columns_of[name] for name in (scores["headline"], *columns_of)}
@@ -175,4 +177,4 @@ def evaluate_judged(
     else:
         found = summarise_judging(ask_judge(judged_items(asked, answer=said), options, path, tell), rules, base)
     digest = hashlib.sha256(pattern.encode("utf-8", "replace")).hexdigest()
-    return scores | {"judged": found | {"prompt_sha256": digest, "file": str(path)}}
+    return scores | {"judged": found | {"address": endpoint.address, "prompt_sha256": digest, "file": str(path)}}

@@ -208,7 +208,7 @@ class Ledger:
 @contextlib.contextmanager
 def open_ledger(
     path: Path,  # A file of lines, in a folder that is there
-) -> Iterator[Ledger]:
+) -> Iterator[Ledger]:  # What is in it, ready for more
     "Have the file for oneself."
     from filelock import FileLock, Timeout
 

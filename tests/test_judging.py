@@ -112,7 +112,7 @@ class FakeJudge:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -936,6 +936,18 @@ def test_a_mistake_is_heard_of_at_once(words: list[str], told: str, written_run:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and told in done.stderr and "Traceback" not in done.stderr
     assert "s3cr3t" not in done.stderr and KEY not in done.stderr
+
+
+def test_a_file_that_cannot_be_kept_is_heard_of_first(written_run: Path, judge: FakeJudge, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    for out, words in ((tmp_path / "none" / "x.jsonl", "is not there"), (rows, "something else than verdicts")):
+        done = evaluate(written_run, judge, "--judge-out", str(out))
+        assert done.exit_code == 2 and words in done.stderr and "calls to" not in done.stderr and not judge.calls
+    with open_ledger(tmp_path / "held.jsonl"):
+        done = evaluate(written_run, judge, "--judge-out", str(tmp_path / "held.jsonl"))
+        assert done.exit_code == 2 and "another judging" in done.stderr and not judge.calls
+    done = CliRunner().invoke(app, ["eval", "no-run", "--data", "x", "--judge", judge.url, "--judge-model", "m"])
+    assert done.exit_code == 2 and "no run here" in done.stderr
 
 
 def test_labels_are_not_judged(small_run: Path, small_files: Path, judge: FakeJudge) -> None:
