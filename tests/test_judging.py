@@ -791,8 +791,8 @@ def judged(texts: list[str | None], scale: str = "right", n_pairs: int = 0) -> A
 
 
 def test_rows_without_a_verdict_are_neither_right_nor_wrong() -> None:
-    replies = ["Verdict: right"] * 6 + ["Verdict: wrong"] * 2 + ["Hm.", None]
-    rule = np.array([1, 1, 1, 0, 0, 0, 1, 0, 1, 1.0])
+    replies = ["Hm.", None] + ["Verdict: right"] * 6 + ["Verdict: wrong"] * 2
+    rule = np.array([1, 1, 1, 1, 1, 0, 0, 0, 1, 0.0])
     found = summarise_judging(judged(replies), {"exact_match": rule}, base="org/family-1b")
     assert (found["n"], found["n_without"], found["right"]["n"], found["right"]["value"]) == (10, 2, 8, 0.75)
     assert found["without"] == {"no verdict line": 1, "no reply: status 413": 1}
@@ -800,8 +800,8 @@ def test_rows_without_a_verdict_are_neither_right_nor_wrong() -> None:
     assert beside["score"]["value"] == pytest.approx(4 / 8), "the rule is told on the rows that were judged"
     counts = beside["agreement"]
     assert [counts[f"n_{name}"] for name in ("both", "only_first", "only_second", "neither")] == [3, 3, 1, 1]
-    assert counts["kappa"]["value"] == pytest.approx(cohen_kappa_score(rule[:8] > 0, [1] * 6 + [0] * 2))
-    assert [row["id"] for row in found["disagreements"]] == [f"rows.jsonl:{i}" for i in (4, 5, 6, 7)]
+    assert counts["kappa"]["value"] == pytest.approx(cohen_kappa_score(rule[2:] > 0, [1] * 6 + [0] * 2))
+    assert [row["id"] for row in found["disagreements"]] == [f"rows.jsonl:{i}" for i in (6, 7, 8, 9)]
     notes = " ".join(found["notes"])
     assert (
         "of the name family" in notes and "2 of 10 replies hold no verdict" in notes and "kappa is below 0.4" in notes
