@@ -983,7 +983,11 @@ def test_ctrl_c_keeps_what_is_there_and_a_key_is_nowhere(written_run: Path, judg
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
     until_s = time.monotonic() + 90
-    while len(judge.calls) < 5 and time.monotonic() < until_s and process.poll() is None:
+
+    def is_waiting() -> bool:
+        return len(judge.calls) >= 5 and out.exists() and len(kept_lines(out)) == 4
+
+    while not is_waiting() and time.monotonic() < until_s and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     began_s = time.monotonic()
