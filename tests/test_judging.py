@@ -903,6 +903,16 @@ def test_the_command_compares_with_the_base_in_both_orders(written_run: Path, ju
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["judged"]
     assert (found["n"], found["tie"], found["tuned"], found["base"]) == (5, 5, 0, 0) and found["better"] is None
+
+    def by_content(call: Call) -> None:
+        mark = call.prompt.rpartition("BEGIN ")[2][:24]
+        one, other = (part.partition(f"\nEND {mark}")[0] for part in call.prompt.split(f"BEGIN {mark}\n")[3:5])
+        call.send(completion(f"Verdict: {'tie' if one == other else 'first' if one < other else 'second'}"))
+
+    judge.behave = by_content
+    words[words.index("--judge-out") + 1] = str(tmp_path / "content.jsonl")
+    fair = json.loads(evaluate(written_run, judge, *words).stdout)["judged"]
+    assert fair["flips"]["value"] == 0.0 and fair["tuned"] + fair["base"] > 0, "who reads is not turned by the order"
     places = [line["id"] for line in kept_lines(tmp_path / "pairs.jsonl")]
     assert len(set(places)) == 5 and found["flips"]["value"] == found["first_place"]["value"] == 1.0
 
