@@ -41,7 +41,7 @@ from .splits import Splits
 from .steps import make_accelerator
 from .strategy import parse_strategy
 from .task import Task
-from .tasks import TASKS, make_task, stand_in
+from .tasks import TASKS, make_task, stand_in, task_of
 from .training import LLMTrainer
 from .trunk_states import TrunkStore
 from .validation import EarlyStopping, TestSplit
@@ -438,7 +438,4 @@ def evaluate_predictor(
     split: str = "test",  # Where a source has several
 ) -> dict[str, Any]:  # The headline's name, and scores with their intervals
     "Score a tuned model on rows whose answers are known."
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    settings = TrainSettings(**{name: value for name, value in predictor.settings.items() if name in known})
-    options = {name: predictor.settings[name] for name in ("prompt_template", "system") if name in predictor.settings}
-    return make_task(predictor.task, settings, options).score(predictor.model, data, columns=columns, split=split)
+    return task_of(predictor).score(predictor.model, data, columns=columns, split=split)

@@ -41,6 +41,10 @@ def show_scores(
     if "harm" in scores:
         harm = scores["harm"]
         print(f"'{harm['true']}' answered '{harm['predicted']}': {score_words('accuracy', harm)}")
+    if "judged" in scores:
+        from llmft_nb.verdicts import judged_lines
+
+        print(*judged_lines(scores["judged"]), sep="\n")
 
 # %% ../nbs/10a_shell.ipynb #9888642d
 def show_run(
