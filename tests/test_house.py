@@ -102,7 +102,13 @@ def test_versions_agree():
 def test_every_requirement_is_pinned():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
-    for field in ("requirements", "dev_requirements", "trackers_requirements", "gpu_requirements", "harness_requirements"):
+    for field in (
+        "requirements",
+        "dev_requirements",
+        "trackers_requirements",
+        "gpu_requirements",
+        "harness_requirements",
+    ):
         for requirement in metadata()[field].split():
             name = re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[]", requirement)[0]).lower()
             assert name in pinned, f"{requirement} is in settings.ini but not in constraints.txt"
