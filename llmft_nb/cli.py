@@ -17,7 +17,17 @@ import typer
 
 from .commands import Debug, Json, Level, app
 from .core import UserError
-from .shell import is_model, show_answer, show_checks, show_demo, show_scores, show_table, show_tokens, talk
+from llmft_nb.shell import (
+    is_model,
+    show_answer,
+    show_checks,
+    show_demo,
+    show_harness,
+    show_scores,
+    show_table,
+    show_tokens,
+    talk,
+)
 from .typed import LogLevel, batches_of, exit_statuses, parse_columns
 
 # %% ../nbs/10d_cli.ipynb #bfd47008
@@ -49,21 +59,54 @@ def predict(
 @app.command("eval")
 def evaluate_run(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    data: Annotated[str, typer.Option(help="Rows with answers: file, folder, catalogue name or hub id.")],
+    data: Annotated[str | None, typer.Option(help="Rows with answers: file, folder, catalogue name or hub id.")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test, where the source has several.")] = "test",
     columns: Annotated[list[str] | None, typer.Option(help="theirs=ours, e.g. question=text.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas: general skills beside the base's.")
+    ] = None,
+    harness_path: Annotated[Path | None, typer.Option(help="A folder of task files of one's own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task at most.")] = None,
+    few_shot: Annotated[int | None, typer.Option(help="Solved examples before each question of a task.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put tasks as conversations.")] = False,
+    base: Annotated[str | None, typer.Option(help="Where the run's base lies, if its record does not say.")] = None,
+    trust_task_code: Annotated[
+        bool, typer.Option("--trust-task-code", help="Run Python that tasks bring along, or have a model write.")
+    ] = False,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
 ) -> None:
-    "Score a tuned model on rows whose answers are known."
+    "Score a tuned model on rows whose answers are known, or on tasks of general skills, beside its base."
     with exit_statuses(as_json, log_level, debug):
         from llmft_nb.core import finite
-        from llmft_nb.finetune import evaluate_predictor
-        from llmft_nb.predict import load_predictor
 
-        scores = evaluate_predictor(load_predictor(run), data, columns=parse_columns(columns), split=split)
-        print(json.dumps(finite(scores))) if as_json else show_scores(scores)
+        of_tasks = {"harness-path": harness_path, "limit": limit, "few-shot": few_shot, "base": base}
+        of_tasks |= {"chat-template": chat_template or None, "trust-task-code": trust_task_code or None}
+        if harness is None and (idle := [f"--{name}" for name, value in of_tasks.items() if value is not None]):
+            raise UserError("no tasks are asked", where=", ".join(idle), mend="name tasks with --harness")
+        if harness is None and data is None:
+            raise UserError("nothing to score by", where="eval", mend="name rows with --data, or tasks with --harness")
+        found: dict[str, Any] = {}
+        if harness is not None:
+            from llmft_nb.harness import Asking
+            from llmft_nb.skills import evaluate_harness
+
+            asking = Asking(limit, few_shot, chat_template=chat_template, trust=trust_task_code)
+            names = [name.strip() for name in harness.split(",")]
+            found["harness"] = evaluate_harness(run, names, harness_path, asking, base)
+        if data is not None:
+            from llmft_nb.finetune import evaluate_predictor
+            from llmft_nb.predict import load_predictor
+
+            found |= evaluate_predictor(load_predictor(run), data, columns=parse_columns(columns), split=split)
+        if as_json:
+            print(json.dumps(finite(found), ensure_ascii=False))
+            return
+        if data is not None:
+            show_scores(found)
+        if harness is not None:
+            show_harness(found["harness"], as_json)
 
 # %% ../nbs/10d_cli.ipynb #c27bf7b6
 @app.command()

@@ -159,6 +159,7 @@ class HarnessTask:
     name: str  # As the harness has it
     file: TaskFile  # What it says
     origin: str  # "folder" or "harness"
+    data_files: Any = None  # Paths of its rows, as `datasets` takes them; None where its file names none of its own
     commit: str = ""  # Of its data set on the hub; "" for files, and in offline mode
 
     @property
@@ -234,9 +235,9 @@ def own_task(
     name: str,  # As the user named it
     read: TaskFile,  # Of a folder
     trust: bool,  # Whether code that it brings may run
-) -> HarnessTask:  # With its files as paths
+) -> HarnessTask:  # With the paths of its rows
     "A task of a folder, if it may be asked."
-    config, path = dict(read.config), read.files[0]
+    config, path, files = read.config, read.files[0], None
     where = f"task {name} ({visible(path)})"
     beyond = [f"!function {one}" for one in read.functions] + unasked(config)
     if beyond and not trust:
@@ -245,17 +246,17 @@ def own_task(
         raise UserError(what, where=where, why="such a line can run a program on this machine", mend=TRUST)
     given = config.get("dataset_path")
     if given in READERS:
-        options = dict(config.get("dataset_kwargs") or {})
-        if not options.get("data_files"):
+        options = config.get("dataset_kwargs")
+        if not isinstance(options, dict) or not options.get("data_files"):
             raise UserError("no data_files", where=where, mend="name them under dataset_kwargs")
-        config["dataset_kwargs"] = options | {"data_files": here(options["data_files"], path.parent)}
+        files = here(options["data_files"], path.parent)
     elif not trust and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(given)):
         mend = f"write one of {', '.join(READERS)} and the files under dataset_kwargs, or a data set's name on the hub"
         raise UserError(f"no data set: {visible(given, 60)}", where=f"{where}: dataset_path", mend=mend)
     elif not trust and Path(str(given)).exists():
         what = f"a folder is no data set here: {visible(given, 60)}"
         raise UserError(what, where=f"{where}: dataset_path", mend=f"name its files, with one of {', '.join(READERS)}")
-    return HarnessTask(name, replace(read, config=config), "folder")
+    return HarnessTask(name, read, "folder", files)
 
 # %% ../nbs/10a_task_files.ipynb #10a5001e
 def built_in_file(
