@@ -1364,6 +1364,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmft_nb.task_files.pin_data': ('task_files.html#pin_data', 'llmft_nb/task_files.py'),
                                      'llmft_nb.task_files.read_task_file': ('task_files.html#read_task_file', 'llmft_nb/task_files.py'),
                                      'llmft_nb.task_files.unasked': ('task_files.html#unasked', 'llmft_nb/task_files.py'),
+                                     'llmft_nb.task_files.unknown_task': ('task_files.html#unknown_task', 'llmft_nb/task_files.py'),
                                      'llmft_nb.task_files.with_included': ('task_files.html#with_included', 'llmft_nb/task_files.py')},
             'llmft_nb.tasks': { 'llmft_nb.tasks.make_task': ('tasks.html#make_task', 'llmft_nb/tasks.py'),
                                 'llmft_nb.tasks.stand_in': ('tasks.html#stand_in', 'llmft_nb/tasks.py')},

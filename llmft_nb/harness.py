@@ -295,7 +295,7 @@ def ask_tasks(
             loaded = {task.name: load_task(task, asking, cache) for task in tasks}
         wrapped = harness_model(model)
         found = put_questions(wrapped, loaded, asking)
-    return [task_result(task, loaded[task.name], found, asking, wrapped.n_cut) for task in tasks]
+        return [task_result(task, loaded[task.name], found, asking, wrapped.n_cut) for task in tasks]
 
 # %% ../nbs/10b_harness.ipynb #10b50017
 def put_questions(

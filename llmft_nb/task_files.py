@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FILE_BYTES', 'MANY_INCLUDED', 'PLAIN_KEYS', 'PLAIN_FEWSHOT', 'PLAIN_WRITING', 'PLAIN_DATA', 'READERS', 'TRUST',
            'NAME', 'MANY_FILES', 'check_harness', 'TaskFile', 'read_task_file', 'with_included', 'unasked',
-           'known_metrics', 'HarnessTask', 'json_ready', 'folder_tasks', 'here', 'own_task', 'built_in_file',
-           'group_members', 'built_in_tasks', 'pin_data', 'find_tasks']
+           'known_metrics', 'HarnessTask', 'json_ready', 'folder_tasks', 'here', 'own_task', 'unknown_task',
+           'built_in_file', 'group_members', 'built_in_tasks', 'pin_data', 'find_tasks']
 
 # %% ../nbs/10a_task_files.ipynb #10a50004
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -259,15 +259,30 @@ def own_task(
     return HarnessTask(name, read, "folder", files)
 
 # %% ../nbs/10a_task_files.ipynb #10a5001e
+def unknown_task(
+    name: str,  # As the user typed it
+    known: Iterable[str],  # Names that there are
+) -> UserError:  # With names like it
+    "What to say of a name that is nowhere."
+    near = difflib.get_close_matches(name, known, n=3)
+    mend = f"did you mean {', '.join(map(visible, near))}" if near else "name a task of the harness"
+    mend += ", or the folder of your own with --harness-path"
+    return UserError("no such task", where=f"--harness {visible(name)}", mend=mend)
+
+
 def built_in_file(
     name: str,  # Of a task
-) -> Path | None:  # None: a group, or nothing
+) -> Path | None:  # None: a group, or a name that the whole list alone can tell
     "The file of a task that the harness brings."
     import lm_eval.tasks
 
-    line = re.compile(rb"^task:\s*[\"']?" + re.escape(name).encode() + rb"[\"']?\s*$", re.MULTILINE)
+    own = re.compile(rb"^task:\s*[\"']?" + re.escape(name).encode() + rb"[\"']?\s*$", re.MULTILINE)
     paths = sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))
-    found = [path for path in paths if line.search(path.read_bytes())]
+    texts = {path: path.read_bytes() for path in paths}
+    found = [path for path, text in texts.items() if own.search(text)]
+    if not any(name.encode() in text for text in texts.values()):
+        titles = re.compile(rb"^(?:task|group):[ \t]*[\"']?([\w.:/+-]+)", re.MULTILINE)
+        raise unknown_task(name, sorted({one.decode() for text in texts.values() for one in titles.findall(text)}))
     return found[0] if len(found) == 1 else None
 
 
@@ -280,9 +295,7 @@ def group_members(
     entry = index.get(name)
     where = f"--harness {visible(name)}"
     if entry is None or name in above:
-        near = difflib.get_close_matches(name, index, n=3)
-        mend = f"did you mean {', '.join(map(visible, near))}" if near else "name a task of the harness"
-        raise UserError("no such task", where=where, mend=f"{mend}, or the folder of your own with --harness-path")
+        raise unknown_task(name, index)
     members = sorted(entry.tags) if entry.yaml_path is None else (entry.cfg or {}).get("task")
     if isinstance(members, str):
         return {name: entry.yaml_path}
