@@ -613,6 +613,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmft_nb.harness.put_questions': ('harness.html#put_questions', 'llmft_nb/harness.py'),
                                   'llmft_nb.harness.question_room': ('harness.html#question_room', 'llmft_nb/harness.py'),
                                   'llmft_nb.harness.reason_of': ('harness.html#reason_of', 'llmft_nb/harness.py'),
+                                  'llmft_nb.harness.shows_its_answers': ('harness.html#shows_its_answers', 'llmft_nb/harness.py'),
                                   'llmft_nb.harness.swapped': ('harness.html#swapped', 'llmft_nb/harness.py'),
                                   'llmft_nb.harness.task_result': ('harness.html#task_result', 'llmft_nb/harness.py')},
             'llmft_nb.hparams': { 'llmft_nb.hparams.TrainSettings': ('hparams.html#trainsettings', 'llmft_nb/hparams.py'),

@@ -59,8 +59,9 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
 WRITTEN = """
 task: written
 dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
+dataset_kwargs: {data_files: {test: rows.jsonl, train: shown.jsonl}}
 test_split: test
+fewshot_split: train
 output_type: generate_until
 doc_to_text: "{{thing}} is"
 doc_to_target: "{{choices[0]}}"
@@ -221,6 +222,34 @@ def test_shots_limit_and_template_are_asked_for(a_run: Path, folder: Path) -> No
     model.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         ask_tasks(model, find_tasks(["places"], folder), Asking(limit=7, chat_template=True))
+
+
+@pytest.mark.parametrize(
+    ("lines", "leaks"),
+    [
+        ("test_split: test", True),
+        ("validation_split: test\nfewshot_split: test", True),
+        ("test_split: test\nfewshot_split: test", False),
+        ("test_split: test\ntraining_split: train", False),
+        ("test_split: test\nfewshot_config: {samples: [{thing: a, choices: [b, c, d], right: 0}]}", False),
+    ],
+)
+def test_no_row_is_among_its_own_examples(lines: str, leaks: bool, folder: Path, small_model: Path) -> None:
+    text = CHOICES.format(name="own", question="I saw {{thing}}").replace(
+        "test_split: test\nfewshot_split: train", lines
+    )
+    (folder / "own.yaml").write_text(text)
+    model, n_shot = LLMForCausalLM.from_pretrained(small_model).eval(), 1 if "samples" in lines else 9
+    if leaks:
+        with pytest.raises(UserError, match="the examples are the asked rows themselves"):
+            ask_tasks(model, find_tasks(["own"], folder), Asking(few_shot=n_shot, limit=20))
+        return
+    (found,) = ask_tasks(model, find_tasks(["own"], folder), Asking(few_shot=n_shot, limit=20))
+    for row in found.samples:
+        *shown, asked = row["arguments"][0][0].split("\n\n")
+        answer = row["doc"]["choices"][row["doc"]["right"]]
+        assert asked == f"I saw {row['doc']['thing']}" and len(shown) == n_shot
+        assert f"{asked} {answer}" not in shown
 
 
 # --- the command ---
