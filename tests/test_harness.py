@@ -71,11 +71,11 @@ metric_list: [{metric: exact_match}]
 
 
 def saw_rows(n_rows: int) -> list[dict[str, Any]]:
-    "Questions with three choices, of other lengths each."
+    "Questions with three choices, of other lengths each; what training rows end with is the right one."
     rows = small_rows(n_rows)
-    ends = ["by the door", "in the old wooden box of my sister", "near"]
+    ends = ["by the door", "in my sister's box", "at the gate"]
     return [
-        {"thing": row["text"].split(" times ")[1], "choices": ends[i % 3 :] + ends[: i % 3], "right": i % 2}
+        {"thing": row["text"].split(" times ")[1], "choices": ends[i % 3 :] + ends[: i % 3], "right": -i % 3}
         for i, row in enumerate(rows)
     ]
 
@@ -163,6 +163,7 @@ def test_numbers_are_those_of_a_direct_calculation(a_run: Path, small_model: Pat
         assert (found["difference"], found["p_value"]) == (paired.difference, paired.p_value)
         assert found["measure"] == "acc" and list(found["measures"]) == ["acc", "acc_norm"]
         p_values.append(paired.p_value)
+        assert paired.difference != 0, "so that neither model's score could pass for the other's"
     assert [one["p_holm"] for one in kept["tasks"]] == holm(p_values)
     both = ((row["tuned"]["filtered_resps"], row["base"]["filtered_resps"]) for row in lines)
     apart = [abs(float(ours[0]) - float(theirs[0])) for pair in both for ours, theirs in zip(*pair, strict=True)]
@@ -336,7 +337,7 @@ def test_a_hub_task_offline_is_refused_at_once(a_run: Path) -> None:
     started = time.monotonic()
     found = told("eval", a_run, "--harness", "hellaswag")
     assert found.exit_code == 2 and time.monotonic() - started < 10
-    assert "Rowan/hellaswag" in found.stderr and "mend:" in found.stderr
+    assert "Rowan/hellaswag, which is not on this machine" in found.stderr and "--harness-path" in found.stderr
 
 
 def test_without_the_harness_its_extra_is_named(a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
