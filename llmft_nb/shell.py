@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN_SIZES', 'show_scores', 'show_run', 'asked_words', 'show_answer', 'show_table', 'show_value', 'is_model',
-           'show_checks', 'show_demo', 'plan_line', 'show_plans', 'show_attempt', 'show_tuned', 'show_comparison',
-           'show_tokens', 'take_turn', 'talk']
+           'show_checks', 'show_demo', 'plan_line', 'show_plans', 'show_attempt', 'show_tuned', 'harness_lines',
+           'show_harness', 'show_comparison', 'show_tokens', 'take_turn', 'talk']
 
 # %% ../nbs/10a_shell.ipynb #2af6e5d9
 import dataclasses
@@ -273,6 +273,48 @@ def show_tuned(
     print("explains of the spread alone: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
     print(f"{len(tuned.attempts)} attempts in {tuned.seconds / 60:.1f} minutes; {tuned.verdict.describe()}")
     print(f"train by it: llmft train --config {tuned.folder / 'best.json'} --data …")
+
+# %% ../nbs/10a_shell.ipynb #10b50f02
+def harness_lines(
+    kept: dict[str, Any],  # As `evaluate_harness` returns it
+) -> list[dict[str, Any]]:  # One a measure of a task
+    "What a run and its base scored in tasks, as lines of a table."
+    from llmft_nb.pages import visible
+    from llmft_nb.resampling import Interval
+
+    def words(score: dict[str, Any]) -> str:
+        if score["low"] is None:
+            return f"{score['value']:.3g} of {score['n']:,} rows"
+        return Interval(**{name: score[name] for name in ("value", "low", "high", "n", "percent")}).describe()
+
+    lines = []
+    for task in kept["tasks"]:
+        for name, both in task["measures"].items():
+            line = {"task": visible(task["task"], 60), "measure": visible(name, 40)}
+            line |= {"shots": task["conditions"]["n_shot"], "untuned": words(both["base"])}
+            line |= {"tuned": words(both["tuned"]), "p (Holm)": "–", "the tuned model": "not tested"}
+            if name == task["measure"] and "verdict" in task:
+                line |= {"p (Holm)": f"{task['p_holm']:.2g}", "the tuned model": task["verdict"]}
+            lines.append(line)
+    return lines
+
+
+def show_harness(
+    kept: dict[str, Any],  # As `evaluate_harness` returns it
+    as_json: bool,  # For programs
+) -> None:
+    "Print what general skills a tune has brought or cost."
+    if as_json:
+        print(json.dumps(finite({"harness": kept}), ensure_ascii=False))
+        return
+    show_table(harness_lines(kept), as_json=False)
+    n_tested = sum("verdict" in task for task in kept["tasks"])
+    tasks = f"{n_tested} task{'s' if n_tested != 1 else ''}"
+    print(f"paired tests, p corrected for {tasks}; lm-evaluation-harness {kept['harness']}")
+    if kept["n_cut"]:
+        print(f"{kept['n_cut']:,} questions were cut at the front: the model has no room for them")
+    if kept["notice"]:
+        print(kept["notice"])
 
 # %% ../nbs/10a_shell.ipynb #cca43565
 def show_comparison(
