@@ -129,10 +129,15 @@ def evaluate_run(
 
             found["harness"] = evaluate_harness(run, *tasks)
         if data is not None:
-            from llmft_nb.judged import evaluate_run_rows
+            from llmft_nb.finetune import evaluate_predictor
+            from llmft_nb.judged import evaluate_judged
+            from llmft_nb.predict import load_predictor
 
-            given: dict[str, Any] = {"columns": parse_columns(columns), "split": split, "judge": judge}
-            found |= evaluate_run_rows(run, data, **given, tell=lambda words: print(words, file=sys.stderr))
+            asked: dict[str, Any] = {"columns": parse_columns(columns), "split": split}
+            if judge is None:
+                found |= evaluate_predictor(load_predictor(run), data, **asked)
+            else:
+                found |= evaluate_judged(run, data, judge, **asked, tell=lambda words: print(words, file=sys.stderr))
         if as_json:
             print(json.dumps(finite(found), ensure_ascii=False))
             return
