@@ -150,9 +150,9 @@ def csv_rows(
 # %% ../nbs/01d_streams.ipynb #a1cc7b32
 def parquet_rows(
     path: Path,  # A Parquet file
-    field: str,  # The one column to read
+    field: str | None = None,  # The one column to read; None for all of them
 ) -> Iterator[Found]:  # Place, counted in rows, and the row or what is wrong with it
-    "Read one column of a Parquet file, a thousand rows at a time."
+    "Read a Parquet file, a thousand rows at a time."
     import pyarrow
     import pyarrow.parquet
 
@@ -163,13 +163,13 @@ def parquet_rows(
             pyarrow.parquet.ParquetFile(source, page_checksum_verification=True) as file,
         ):
             names = file.schema_arrow.names
-            if field not in names:
+            if field is not None and field not in names:
                 yield path.name, ValueError(f"no column {field!r}; there is {', '.join(names)}")
                 return
-            for batch in file.iter_batches(1000, columns=[field], use_threads=False):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(1000, columns=[field] if field else None, use_threads=False):
+                for row in batch.to_pylist():
                     n_rows += 1
-                    yield f"{path.name}:{n_rows}", {field: plain_value(value)}
+                    yield f"{path.name}:{n_rows}", plain_value(row)
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # A flipped byte surfaces as any of them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield path.name, ValueError(f"a damaged Parquet file ({reason})")
