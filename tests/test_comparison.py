@@ -240,6 +240,7 @@ def test_bold_only_what_is_shown(tmp_path: Path) -> None:
     }
     found = compare_runs(list(runs.values()))
     assert found.leading == [0] and set(bold_names(render_comparison(found))) == {"best"}
+    assert "<h1><bdi>best is better than every other</bdi></h1>" in render_comparison(found)
     tied = compare_runs([runs["good"], runs["also"]])
     page = render_comparison(tied)
     assert tied.leading == [0, 1] and not bold_names(page) and page.count(">may be the best<") == 2
