@@ -1,8 +1,8 @@
 """Texts that want to be more than texts, planted in every place of every page that an outsider can write to: figure S3.
 
 A case is one text of `PAYLOADS`. It becomes the name, the label, the answer, the licence, the column, the setting of
-runs of all four tasks and of data sets, and their pages are opened in a browser: reports and data cards as they are,
-model cards as two renderers of Markdown, both told to let HTML through, make pages of them.
+runs of all four tasks and of data sets, and their pages are opened in a browser: reports, comparisons and data cards
+as they are, model cards as two renderers of Markdown, both told to let HTML through, make pages of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import numpy as np
 from browser import CANARY, CHROMIUM, MISSING, Browser
 from markdown_it import MarkdownIt
 
+from llmft_nb.comparison import weigh_runs
+from llmft_nb.comparison_page import render_comparison
 from llmft_nb.core import RunRecord
 from llmft_nb.data_card import data_card
 from llmft_nb.hparams import TrainSettings
 from llmft_nb.pages import visible
 from llmft_nb.rejects import Rejects
 from llmft_nb.report import render_card, render_report
+from llmft_nb.scored_runs import STATISTICS, ScoredRun, check_comparable
 from llmft_nb.scores import compare_with, score_share
 from llmft_nb.splits import Survey, survey_rows
 from llmft_nb.tasks import make_task
@@ -179,6 +182,30 @@ def make_run(task: str, texts: Sequence[str]) -> dict[str, Any]:
     return {"name": text, "record": copy.deepcopy(asdict(record)), "metrics": metrics, "predictions": answers}
 
 
+def make_compared(task: str, texts: Sequence[str]) -> list[ScoredRun]:
+    "Runs on the same rows, two seeds of one far ahead of another (not in instruct), of names that no folder can have."
+    rows, runs = tuple(f"{i:02}" for i in range(60)), []
+    for k, (name, seed) in enumerate(((texts[0], 0), (texts[0], 1), (texts[-1], 0))):
+        record = make_run(task, texts if k == 2 else texts[:1])["record"]
+        record |= {"status": "finished", "lineage": {"rows_sha256": f"{texts[0]}{k // 2}", "repeats": texts[0]}}
+        record["settings"] |= {"seed": seed, "strategy": f"{texts[0]}{k // 2}"}
+        record["model"] |= {"n_trainable": 1000, "sha256": f"{texts[0]}{k // 2}"}
+        record["scores"]["forgetting"] = {"words": texts[0], "ratio": {"value": 1.2, "low": 1.1, "high": 1.3}}
+        for line in record["scores"]["test"]["baselines"][:1]:
+            line["name"] = "untuned base"
+        right = (np.arange(60)[:, None] + k) % 10 < (9 if k < 2 or task == "instruct" else 3)
+        wrong = np.ones((60, 1)) - right
+        columns = {"tag": [right, wrong, wrong], "text": [1.0 + 9.0 * wrong, np.full((60, 1), 4)]}
+        table = np.hstack(columns.get(task, [right])).astype(np.float64)
+        headline = record["scores"]["test"]["headline"]
+        value = STATISTICS[headline].of_means(table.mean(axis=0))
+        record["scores"]["test"][headline]["value"] = float(np.exp(value) if task == "text" else value)
+        untuned = table[::-1].copy() if k < 2 else None
+        runs.append(ScoredRun(Path(f"{k}"), name, record, rows, rows, table, untuned))
+    check_comparable(runs)
+    return runs
+
+
 def rows_with(task: str, texts: Sequence[str], ending: str) -> list[dict[str, Any]]:
     "Rows of a task with the texts in them, some of which repeat, contradict and leak."
     if task == "classify":
@@ -235,6 +262,7 @@ def all_pages(texts: Sequence[str], tasks: Sequence[str] = TASKS) -> Iterator[tu
     for task in tasks:
         run = make_run(task, texts)
         yield f"{task}-report.html", render_report(run)
+        yield f"{task}-comparison.html", render_comparison(weigh_runs(make_compared(task, texts)))
         markdown[f"{task}-model-card"] = render_card(run)
         for name, page in make_cards(task, texts) if task != "text" else ():
             if name.endswith(".html"):
@@ -258,7 +286,7 @@ def as_shown(text: str) -> tuple[str, str]:
 def faults_of(browser: Browser, file: Path, texts: Sequence[str]) -> list[str]:
     "What a page does or has that it should not; and texts that cannot be read on it."
     browser.open(file)
-    n = (0, 1, 0) if file.name.endswith(".md.html") else (1, 5, 1)
+    n = (0, 1, 0) if file.name.endswith(".md.html") else (1, 6 if "comparison" in file.name else 5, 1)
     wrong = [*browser.run(LOOK % (json.dumps(FORBIDDEN), *n)), *browser.complaints()]
     browser.run("new Promise(done => setTimeout(done, 50))")
     wrong += browser.complaints()

@@ -9,10 +9,12 @@ from typing import Any
 import pages
 import pytest
 from browser import CHROMIUM, MISSING, Browser
-from pages import PAYLOADS, TASKS, all_pages, check_payloads, make_run
+from pages import PAYLOADS, TASKS, all_pages, check_payloads, make_compared, make_run
 from small import small_rows, write_jsonl
 
 from llmft_nb import pages as engine
+from llmft_nb.comparison import weigh_runs
+from llmft_nb.comparison_page import render_comparison, write_comparison
 from llmft_nb.data_card import write_data_card
 from llmft_nb.finetune import finetune
 from llmft_nb.rejects import Rejects
@@ -69,7 +71,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def real_pages(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, Path]:
-    "The report of a small run of each task, and the card of its rows."
+    "The report of a small run of each task, and the card of its rows; runs compared, with a winner and without one."
     folder, labelled = tmp_path_factory.mktemp("real"), small_rows(60)
     words = [row["text"].split()[:6] for row in labelled]
     rows: dict[str, list[dict[str, Any]]] = {
@@ -98,6 +100,14 @@ def real_pages(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> di
                 rejects=Rejects(),  # type: ignore[arg-type]
             )
             write_data_card(found[f"{task}-card"], survey)
+        if task == "classify":
+            other = finetune(data, task=task, model=model, strategy="head", out=folder / "other", **options)
+            compared, found["comparison"] = write_comparison([run.folder, other.folder])
+            assert len(compared.leading) == 2, "a page on which no name is bold"
+    won = weigh_runs(make_compared("classify", ["plain"]))
+    assert won.mark(0) == "best"
+    found["winner"] = folder / "winner.html"
+    found["winner"].write_text(render_comparison(won), encoding="utf-8")
     return found
 
 
@@ -126,6 +136,7 @@ def test_a_hole_is_seen(hole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.undo()
         engine.page_environment.cache_clear()
     ran = "ran: a script" in told
+    assert ("comparison.html: " in told) is (hole in ("autoescape", "visible")), told
     assert ran if hole in ("autoescape", "markdown_text") else told if hole == "visible" else not ran, told
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import HOST, PAYLOADS, Page, browser, dump_page, listener  # noqa: F401
+from test_report import PAYLOADS, Page
 from typer.testing import CliRunner
 
 from llmft_nb.answers import token_f1
@@ -240,6 +240,7 @@ def test_bold_only_what_is_shown(tmp_path: Path) -> None:
     }
     found = compare_runs(list(runs.values()))
     assert found.leading == [0] and set(bold_names(render_comparison(found))) == {"best"}
+    assert "<h1><bdi>best is better than every other</bdi></h1>" in render_comparison(found)
     tied = compare_runs([runs["good"], runs["also"]])
     page = render_comparison(tied)
     assert tied.leading == [0, 1] and not bold_names(page) and page.count(">may be the best<") == 2
@@ -461,36 +462,6 @@ def test_a_folder_of_any_name(name: str, tmp_path: Path) -> None:
     page = Page(file.read_text(encoding="utf-8"))
     assert visible(name) in "".join(page.text) and ("b",) not in [tag for tag in page.tags if tag == ("b", "onload")]
     assert llmft("report", *runs).exit_code == 0 and llmft("runs", tmp_path).exit_code == 0
-
-
-@browser
-def test_payloads_do_nothing_in_a_browser(listener: Any, tmp_path: Path) -> None:  # noqa: F811
-    address, asked = listener
-    text = " ".join(PAYLOADS).replace(HOST, address).encode("utf-8", "replace").decode()
-    source = render_comparison(compare_runs(hostile_runs(tmp_path, text)))
-    open_source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", source)
-    assert open_source != source
-    (tmp_path / "open.html").write_text(open_source, encoding="utf-8")
-    shown = Page(dump_page(tmp_path / "open.html", tmp_path / "profile"))
-    assert not [tag for tag in shown.tags if tag[0] in {"script", "iframe", "img", "form", "base", "math"}]
-    assert "R0 is better than every other" in "".join(shown.text) and asked == []
-
-
-@browser
-@pytest.mark.parametrize("width", [390, 1200])
-def test_no_part_of_the_page_is_wider_than_the_window(width: int, tmp_path: Path) -> None:
-    long = "Donaudampfschifffahrtsgesellschaft"
-    runs = [
-        keep_run(tmp_path / f"{long * 3}{k}", answers(0.9 - k / 9), settings={"lr": k, long: long * k})
-        for k in range(5)
-    ]
-    write_comparison(runs, tmp_path / "page.html")
-    frame = f"<title>?</title><iframe id=f src=page.html style='width:{width}px;height:800px;border:0'></iframe>"
-    script = "const d = f.contentDocument.documentElement; document.title = d.scrollWidth + '/' + d.clientWidth"
-    (tmp_path / "frame.html").write_text(f"{frame}<script>f.onload = () => {{ {script} }}</script>", encoding="utf-8")
-    shown = dump_page(tmp_path / "frame.html", tmp_path / "profile", "--allow-file-access-from-files")
-    content, window = map(int, re.search(r"<title>(\d+)/(\d+)</title>", shown).groups())  # type: ignore[union-attr]
-    assert content <= window <= width
 
 
 @pytest.mark.parametrize("seed", range(5))
