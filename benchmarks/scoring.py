@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -145,10 +144,9 @@ def hold_rows(
     times: int,  # How often over
 ) -> None:
     "Score, and print what was held before and at the peak; for a process of its own."
-    import psutil
-
     from llmft_nb.finetune import evaluate_predictor
     from llmft_nb.modeling import LLMForCausalLM
+    from llmft_nb.plan_check import most_resident_bytes, resident_bytes
     from llmft_nb.predict import Predictor
 
     with tempfile.TemporaryDirectory(prefix="llmft_memory_") as parent:
@@ -160,10 +158,9 @@ def hold_rows(
             file.write_text("\n".join(rows * times) + "\n", encoding="utf-8")
             n_rows, settings = times * len(rows), {"n_written": 16}
             predictor = Predictor(LLMForCausalLM.from_pretrained("tiny"), 512, settings=settings, task="instruct")
-        before = psutil.Process().memory_info().rss
+        before = resident_bytes()
         evaluate_predictor(predictor, str(file), split="train")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"rows": n_rows, "before": before, "peak": peak}))
+    print(json.dumps({"rows": n_rows, "before": before, "peak": most_resident_bytes()}))
 
 
 def compare_memory(

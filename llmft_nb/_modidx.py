@@ -1709,6 +1709,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmft_nb.tune.Bench.train': ('tune.html#bench.train', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Finals': ('tune.html#finals', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Finals.__init__': ('tune.html#finals.__init__', 'llmft_nb/tune.py'),
+                               'llmft_nb.tune.Finals.line': ('tune.html#finals.line', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Finals.scores': ('tune.html#finals.scores', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Scorer': ('tune.html#scorer', 'llmft_nb/tune.py'),
                                'llmft_nb.tune.Scorer.on_evaluate': ('tune.html#scorer.on_evaluate', 'llmft_nb/tune.py'),

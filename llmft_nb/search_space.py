@@ -82,11 +82,12 @@ def reserve_s(
     attempts: Sequence[Attempt],  # That were tried
     n_finalists: int,  # That will be trained again
     n_seeds: int,  # With each of so many seeds
+    slower: float = 1.0,  # How many times as long it takes as the attempt did, since its rows are scored one by one too
 ) -> float:  # Seconds
     "What the finalists and the defaults will take."
     whole = [attempts[0], *finalists(attempts, n_finalists)]
     longest = max(one.seconds for one in whole)
-    return n_seeds * (sum(one.seconds for one in whole) + longest * (1 + n_finalists - len(whole)))
+    return slower * n_seeds * (sum(one.seconds for one in whole) + longest * (1 + n_finalists - len(whole)))
 
 # %% ../nbs/07c_search_space.ipynb #07c10016
 @dataclass
@@ -99,6 +100,7 @@ class Budget:
     began_s: float = field(default_factory=time.monotonic)  # When this call began
     here_s: float = 0.0  # What attempts of this call took
     ends_s: float = math.inf  # When the attempt that is under way has to end
+    slower: float = 1.0  # Of the finals, as `reserve_s` takes it
 
     def hear(
         self,
@@ -119,7 +121,7 @@ class Budget:
         attempts: Sequence[Attempt],  # All that was tried
     ) -> bool:  # Whether another attempt and the finalists would take too long
         "Whether to end the search; where not, the next attempt is told when it has to end."
-        reserve = reserve_s(attempts, self.n_finalists, self.n_seeds)
+        reserve = reserve_s(attempts, self.n_finalists, self.n_seeds, self.slower)
         left = 60 * self.minutes - self.spent_s(attempts) - reserve
         self.ends_s = time.monotonic() + left
         return left < sorted(one.seconds for one in attempts)[len(attempts) // 2]

@@ -8,6 +8,7 @@ __all__ = ['Scorer', 'Bench', 'row_scores', 'Verdict', 'judge_finalists', 'Final
 
 # %% ../nbs/10b_tune.ipynb #10b20004
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -210,15 +211,25 @@ class Finals:
         seed: int,  # Of the run
     ) -> np.ndarray:  # Of each validation row, shape (N,)
         "Train with a seed, unless that was done."
+        return np.array(self.line(values, seed)["scores"])
+
+    def line(
+        self,
+        values: Mapping[str, Any],  # Of a finalist, or of the defaults
+        seed: int,  # Of the run
+    ) -> dict[str, Any]:  # "values", "seed", "scores" and "seconds"
+        "What the file says of a run that was trained now or before."
         for line in self.kept:
             if line["values"] == dict(values) and line["seed"] == seed:
-                return np.array(line["scores"])
+                return line
+        began_s = time.monotonic()
         _, task, model, valid, _ = self.bench.train(values, lambda score, share: None, seed)
-        found = row_scores(task, model, self.bench.splits.valid, valid)
-        self.kept.append({"values": dict(values), "seed": seed, "scores": found.tolist()})
+        found = row_scores(task, model, self.bench.splits.valid, valid).tolist()
+        seconds = time.monotonic() - began_s
+        self.kept.append({"values": dict(values), "seed": seed, "scores": found, "seconds": seconds})
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.kept[-1]) + "\n")
-        return found
+        return self.kept[-1]
 
 # %% ../nbs/10b_tune.ipynb #10b20021
 @dataclass(frozen=True)
@@ -331,9 +342,15 @@ def run_search(
         budget.hear(attempt)
         told(attempt)
 
-    attempts = search(choices, first, run, bench.folder / "study.db", enough=budget.enough, seed=seed, told=hear)
-    last, finals = finalists(attempts, budget.n_finalists), Finals(bench.folder / "finals.jsonl", bench)
-    scores = []
+    finals = Finals(bench.folder / "finals.jsonl", bench)
+
+    def enough(attempts: Sequence[Attempt]) -> bool:
+        final_s = finals.line(first, seed + 1).get("seconds", 0.0)  # The defaults' first: it says what finals take
+        budget.slower = max(1.0, final_s / attempts[0].seconds)
+        return budget.enough(attempts)
+
+    attempts = search(choices, first, run, bench.folder / "study.db", enough=enough, seed=seed, told=hear)
+    last, scores = finalists(attempts, budget.n_finalists), []
     for values in (dict(first), *(one.values for one in last)):
         get_logger("tune").info("with %d seeds: %s", budget.n_seeds, plain_values(values))
         scores.append(np.stack([finals.scores(values, seed + 1 + k) for k in range(budget.n_seeds)]))

@@ -161,6 +161,7 @@ def test_finalists_and_what_they_cost() -> None:
     tried += [attempt(4, 0.95, "stopped", a=4), attempt(5, None, "failed", a=5), attempt(6, 0.7, a=6)]
     assert [one.number for one in finalists(tried, 3)] == [2, 6, 1], "no defaults, nothing twice, nothing unfinished"
     assert reserve_s(tried, 2, 3) == 3 * (1 + 3 + 7)
+    assert reserve_s(tried, 2, 3, slower=1.5) == 1.5 * 3 * (1 + 3 + 7)
     assert reserve_s(tried[:1], 2, 3) == 3 * 3 * 1, "not yet known ones count as the longest"
 
 
@@ -213,6 +214,8 @@ def test_a_search_from_rows_to_settings(small_model: Path, tmp_path: Path, rows:
     assert best["lr"] == 3e-3 and best["strategy"] in ("full", "head")
     finals = (tmp_path / "s" / "finals.jsonl").read_text(encoding="utf-8")
     assert {json.loads(line)["seed"] for line in finals.splitlines()} == {1, 2}, "seeds that the search did not use"
+    began = json.loads(finals.splitlines()[0])
+    assert began["values"] == usual and began["seconds"] > 0, "the defaults first: they say what finals take"
     again = tune(rows["data"], resume=True, **given)
     assert (tmp_path / "s" / "finals.jsonl").read_text(encoding="utf-8").startswith(finals)
     assert again.verdict.default_score == tuned.verdict.default_score
