@@ -324,6 +324,7 @@ def draw_search(
 ) -> "Figure":  # For a file, or a notebook
     "How a search went."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     course, place = figure.subplots(1, 2, sharey=True)
@@ -346,8 +347,13 @@ def draw_search(
     place.set(xlabel=along.replace("_", " "))
     if any(isinstance(one.values.get(along), float) for one in shown):
         place.set_xscale("log")
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        place.xaxis.set_minor_formatter(NullFormatter())
+    if bests:
+        course.annotate("best so far", (shown[-1].number, bests[-1]), (0, 3), textcoords="offset points", ha="right")
     if kinds != [""]:
-        place.legend(frameon=False, fontsize="small")
+        figure.legend(*place.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     for axes in (course, place):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
