@@ -1969,6 +1969,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmft_nb.worker.ModelWorker._work': ('worker.html#modelworker._work', 'llmft_nb/worker.py'),
                                  'llmft_nb.worker.ModelWorker._write': ('worker.html#modelworker._write', 'llmft_nb/worker.py'),
                                  'llmft_nb.worker.ModelWorker.alive': ('worker.html#modelworker.alive', 'llmft_nb/worker.py'),
+                                 'llmft_nb.worker.ModelWorker.check_line': ('worker.html#modelworker.check_line', 'llmft_nb/worker.py'),
                                  'llmft_nb.worker.ModelWorker.counts': ('worker.html#modelworker.counts', 'llmft_nb/worker.py'),
                                  'llmft_nb.worker.ModelWorker.put': ('worker.html#modelworker.put', 'llmft_nb/worker.py'),
                                  'llmft_nb.worker.ModelWorker.stop': ('worker.html#modelworker.stop', 'llmft_nb/worker.py'),

@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 import socket
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -169,6 +170,7 @@ class Serving:
         parse: Callable[[dict[str, Any]], Any],  # What to do with the object in it
     ) -> Any:  # What `parse` made of it
         "Read a body, and parse it on a thread."
+        self.worker.check_line()
         body = await receive_body(request.headers, request.receive, self.body_bytes)
 
         def work() -> Any:
@@ -261,8 +263,9 @@ class Serving:
         "Label or tag texts."
         if self.predictor.task != task:
             raise BadRequest(f"this model was tuned to {self.predictor.task}", code="wrong_task")
-        listener = Listener()
-        rows = Rows(await self.read(request, read_texts), listener.tell)
+        listener, blanks = Listener(), task == "tag"
+        texts = await self.read(request, lambda values: read_texts(values, blanks))
+        rows = Rows(texts, listener.tell)
         self.worker.put(rows)
         try:
             answers = await listener.hear(request)
@@ -409,6 +412,7 @@ def serve(
     ready: Callable[[], None] = lambda: None,  # Called when it listens
 ) -> None:
     "Serve until a signal comes."
+    sys.setswitchinterval(0.001)  # The event loop waits less for the model's thread
     try:
         DrainingServer(make_app(serving, doors), ready).run(sockets=[taken])
     finally:

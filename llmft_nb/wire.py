@@ -225,6 +225,7 @@ MOST_ROWS = 256  # Of a batch
 
 def read_texts(
     values: Mapping[str, Any],  # The parsed body
+    blanks: bool = True,  # Whether a text may be blank
 ) -> list[str]:  # One to 256 texts
     "Read a request to label or tag."
     check_fields(values, ("model", "input", "user"), {})
@@ -234,6 +235,8 @@ def read_texts(
         raise wrong("input", f"must be a text, or a list of 1 to {MOST_ROWS}")
     if not all(isinstance(text, str) for text in texts):
         raise wrong("input", "must hold texts alone")
+    if not blanks and not all(text.strip() for text in texts):
+        raise wrong("input", "must hold no blank text")
     if sum(map(len, texts)) > MOST_CHARACTERS:
         raise wrong("input", f"must be {MOST_CHARACTERS} characters at most")
     return texts

@@ -127,16 +127,21 @@ class ModelWorker:
         "How busy it is."
         return len(self.engine.questions) if self.engine else 0, len(self._waiting) + len(self._rows)
 
+    def check_line(self) -> None:
+        "Refuse where the line is full; asked before a body is read as well, so that a refusal costs little."
+        with self._changed:
+            n_waiting = sum(not one.gone for one in self._waiting) + sum(not one.gone for one in self._rows)
+        if n_waiting >= self.n_waiting:
+            after_s = min(30, 1 + n_waiting // (self.engine.n_slots if self.engine else 16))
+            raise BadRequest("too many wait already", code="busy", status=429, retry_after_s=after_s)
+
     def put(
         self,
         asked: Question | Rows,  # Of any thread
     ) -> None:
         "Wait in line, or hear that it is full."
         with self._changed:
-            n_waiting = sum(not one.gone for one in self._waiting) + sum(not one.gone for one in self._rows)
-            if n_waiting >= self.n_waiting:
-                after_s = min(30, 1 + n_waiting // max(1, self.engine.n_slots if self.engine else 16))
-                raise BadRequest("too many wait already", code="busy", status=429, retry_after_s=after_s)
+            self.check_line()
             if isinstance(asked, Question):
                 self._waiting.append(asked)
             else:
@@ -192,9 +197,12 @@ class ModelWorker:
             answers = iter(self.predictor.predict([text for one in rows for text in one.texts]))
             parts = [[next(answers) for _ in one.texts] for one in rows]
         except Exception:
+            if len(rows) > 1:  # One client's texts must not spoil another's
+                for one in rows:
+                    self._answer([one])
+                return
             get_logger("worker").exception("texts were not answered")
-            for one in rows:
-                one.tell(None)
+            rows[0].tell(None)
             return
         for one, part in zip(rows, parts, strict=True):
             one.tell(part)
