@@ -67,7 +67,7 @@ async def left(
 class Stream(StreamingResponse):
     "Events, and what has to be done when they end, whatever the reason."
 
-    at_end: Callable[[], None]
+    at_end: Callable[[], None]  # Called once
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:

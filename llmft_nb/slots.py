@@ -101,7 +101,7 @@ class Question:
         self.writer: AnswerWriter | None = None
 
     @property
-    def n_tokens(self) -> int:
+    def n_tokens(self) -> int:  # At least 2
         "Prompt and the longest answer."
         return len(self.prompt_ids) + self.n_most
 

@@ -118,7 +118,7 @@ class ModelWorker:
         self._thread.start()
 
     @property
-    def alive(self) -> bool:
+    def alive(self) -> bool:  # False after `stop`, or where the thread died
         "Whether anybody is at work."
         return self._thread.is_alive()
 
