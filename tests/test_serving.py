@@ -398,3 +398,55 @@ def test_the_log_holds_no_word_of_what_was_said(run: Path, tmp_path: Path) -> No
         assert served.end(server) == 143
     log = (tmp_path / "run.log").read_text()
     assert f"{CHAT} 200" in log and "other 404" in log and "swordfish" not in log and KEY not in log
+
+
+# --- the engine alone ---
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Qwen3", "Mistral", "Phi3"])
+def test_any_decoder_is_written_as_alone(kind: str, save_small: Any) -> None:
+    "Mistral's cache, with a window of 8, cannot be put together: its answers are written one beside the other."
+    from llmft_nb.decoding import generate
+    from llmft_nb.modeling import LLMForCausalLM
+    from llmft_nb.slots import Question, SlotEngine
+
+    changes = {"sliding_window": 8} if kind == "Mistral" else {}
+    model = LLMForCausalLM.from_pretrained(save_small(kind, **changes)).eval()
+    prompts = [[5 + (7 * k * i) % 500 for i in range(1, 3 + 5 * k)] for k in range(6)]
+    asked = [Question(ids, lambda piece: None, n_most=3 + 4 * k) for k, ids in enumerate(prompts)]
+    engine, waiting = SlotEngine(model.network, model.tokenizer, n_slots=4), list(asked)
+    while waiting or engine.questions:
+        n_joining = min(2, engine.room_for(waiting))
+        engine.step(waiting[:n_joining])
+        waiting = waiting[n_joining:]
+        assert len(engine.questions) <= 4 and (kind == "Mistral" or len(engine.batches) <= 1)
+    for k, question in enumerate(asked):
+        alone = generate(model.network, model.tokenizer, [prompts[k]], max_new_tokens=3 + 4 * k, stop_ids=[])[0]
+        assert question.ids == alone.token_ids
+
+
+def test_what_breaks_is_told_and_the_next_is_answered(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    import queue
+
+    from llmft_nb.wire import WriteRequest
+    from llmft_nb.worker import Asker, ModelWorker
+
+    heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    worker, asker = ModelWorker(predictor), Asker(predictor)
+    step, broken = worker.engine.step, []
+
+    def breaks_once(joining: Any) -> None:
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("no memory")
+        step(joining)
+
+    monkeypatch.setattr(worker.engine, "step", breaks_once)
+    reasons = []
+    for _ in range(2):
+        worker.put(asker.question(WriteRequest("It was", max_tokens=2), heard.put))
+        while (piece := heard.get(timeout=30)).reason is None:
+            pass
+        reasons.append(piece.reason)
+    worker.stop()
+    assert reasons == ["error", "length"]
