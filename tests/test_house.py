@@ -102,7 +102,7 @@ def test_versions_agree():
 def test_every_requirement_is_pinned():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
-    extras = ("trackers_requirements", "gpu_requirements", "judge_requirements", "harness_requirements")
+    extras = [f"{name}_requirements" for name in ("trackers", "gpu", "judge", "harness", "serve")]
     for field in ("requirements", "dev_requirements", *extras):
         for requirement in metadata()[field].split():
             name = re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[]", requirement)[0]).lower()

@@ -1,8 +1,8 @@
 """The short form of `make torture`: some cases of each figure, and the torture itself broken on purpose.
 
-What is not here is whole in other modules: R1 with its kills and R2 and R3 in `test_resume`, R9 in `test_guards`, D2 in
-`test_cleaning`, S1 in `test_model_gate`, S3 in `test_browser`. S4 is every test run: `surroundings` switches the
-network off.
+What is not here is whole in other modules: R1 with its kills and R2 and R3 in `test_resume`, R9 in `test_guards`, D2
+in `test_cleaning`, S1 in `test_model_gate`, S3 in `test_browser`, V1 to V5 in `test_serving`. S4 is every test run:
+`surroundings` switches the network off.
 """
 
 from __future__ import annotations
@@ -142,4 +142,5 @@ def test_the_figures_are_as_many_as_was_promised() -> None:
     n_cases = {figure.id: figure.n_cases for figure in torture.figures()}
     assert n_cases["R1"] == 200 and n_cases["R5"] == 30 and n_cases["R6"] == n_cases["R8"] == 50
     assert n_cases["R7"] == 10 and n_cases["D1"] * 100 == 10_000 and n_cases["S1"] >= 40 and n_cases["S2"] == 12
+    assert n_cases["V1"] * 500 == 10_000 and {"V2", "V3", "V4", "V5"} <= set(n_cases)
     assert n_cases["R4"] == 27 * len(torture_runs.WAYS) and n_cases["R3"] == 3 * 23

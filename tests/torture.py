@@ -34,6 +34,7 @@ if __name__ == "__main__":  # Before any of these libraries is loaded
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 import pages  # noqa: E402
+import served  # noqa: E402
 import surroundings  # noqa: E402
 import test_cleaning  # noqa: E402
 import test_model_gate  # noqa: E402
@@ -114,6 +115,12 @@ def figures() -> list[Figure]:
         Figure("R7", "run again elsewhere", 10, torture_runs.rerun, 300),
         Figure("R6", "SIGTERM at a random instant", 50, torture_runs.terminated, 300),
         Figure("R1", "kill -9 at a random instant", 200, torture_runs.killed, 300),
+        Figure("V1", "five hundred malformed requests each", 20, served.malformed, 600),
+        Figure("V2", "a crowd", 1, served.crowd, 300),
+        Figure("V3", "300 stalled connections", 1, served.stalled),
+        Figure("V4", "100 clients that leave", 1, served.gone, 300),
+        Figure("V5", "every route with every key", 1, served.keys),
+        Figure("V6", "300 served answers and predict's", 1, served.equal, 600),
         Figure("S4", "all tests without a network", 1, offline_suite, 5400),
     ]
 
