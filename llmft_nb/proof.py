@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_WRITTEN', 'drawn', 'proof_rows', 'written_rows', 'hidden_rows', 'asked_dataset', 'Compared', 'ask_both',
-           'logit_gap', 'compare_part', 'compare_models', 'check_proof', 'proof_words']
+           'logit_gap', 'equal_answers', 'compare_part', 'compare_models', 'check_proof', 'proof_words']
 
 # %% ../nbs/09ae_proof.ipynb #9ae00003
 import json
@@ -130,7 +130,7 @@ def asked_dataset(
         overlap = int(trained.settings.get("overlap", 32))
         names = trained.model.label_names
         windows = TagDataset(rows, tokenizer, label_names=names, max_length=limit, overlap=overlap, need_labels=False)
-        return windows, list(windows.row_numbers)
+        return windows, windows.row_of.tolist()
     made = hidden_rows(trained, rows) if trained.model.kind == "MaskedLM" else written_rows(trained, rows)
     places = list(rows.places)
     return TokenDataset(token_table(made), tokenizer, limit + N_WRITTEN, places), list(range(len(rows)))
@@ -184,6 +184,18 @@ def logit_gap(
     return apart / max(1.0, float(np.abs(trained).max())), apart
 
 # %% ../nbs/09ae_proof.ipynb #9ae0000f
+def equal_answers(
+    trained: np.ndarray,  # Logits, shape (places, C)
+    other: np.ndarray,  # Logits of the same shape; numbers that are none answer nothing
+    multi_label: bool,  # Whether a row may have several labels
+) -> np.ndarray:  # One truth a place
+    "Where two models give the same answer."
+    if trained.shape != other.shape:
+        return np.zeros(len(trained), dtype=bool)
+    one, two = (np.asarray(decide(logits, multi_label)).reshape(len(trained), -1) for logits in (trained, other))
+    return np.asarray((one == two).all(axis=1) & np.isfinite(other).all(axis=1))
+
+
 def compare_part(
     found: Compared,  # What was found so far
     trained: Predictor,  # The trained model
@@ -204,8 +216,7 @@ def compare_part(
         if share > largest:
             largest, worst = share, found.n_rows + number
         absolute = max(absolute, apart)
-        same = np.zeros(len(one), bool) if apart == np.inf else decide(one, many) == decide(two, many)
-        same = same.all(axis=1) if same.ndim == 2 else same
+        same = equal_answers(one, two, many)
         n_answers, n_equal = n_answers + len(same), n_equal + int(same.sum())
         if not same.all():
             differing.add(found.n_rows + number)
@@ -243,10 +254,11 @@ def check_proof(
     text = row_text(row) if any(name in row for name in ("text", "prompt", "tokens", "messages")) else json.dumps(row)
     told = f"{found.n_answers - found.n_equal:,} of {found.n_answers:,} answers differ"
     told += f", logits by up to {found.largest:.2g}"
+    of = "answers" if by_answers else "the largest logit"
     raise UserError(
         f"this export does not answer as the trained model: {told}",
         where=f"{rows.places[number]}: {visible(text.replace(chr(31), ' '), 80)}",
-        why=f"{what} may differ by {limit:g} of {'answers' if by_answers else 'the largest logit'}, not by {differs:.2g}",
+        why=f"{what} may differ by {limit:g} of {of}, not by {differs:.2g}",
         mend="take another format, or allow it knowingly with --tolerance",
     )
 
