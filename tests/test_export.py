@@ -109,7 +109,8 @@ def test_a_merge_that_lost_something_is_refused_and_leaves_nothing(labels_run, t
     file = run / "adapter" / "adapter_model.safetensors"
     adapters = load_file(file)
     name = next(name for name in adapters if "output.dense.lora_B" in name)
-    save_file(adapters | {name: adapters[name] + 0.5}, file)
+    noise = torch.randn(adapters[name].shape, generator=torch.Generator().manual_seed(0))
+    save_file(adapters | {name: adapters[name] + noise}, file)
     with pytest.raises(UserError, match="does not answer as the trained model") as error:
         export_run(run, "merged", tmp_path / "there" / "merged")
     assert "merging may differ" in error.value.why and ".jsonl:" in error.value.where
@@ -129,7 +130,8 @@ def test_int8_is_what_dequantising_by_hand_gives(labels_run, tmp_path):
         weight = trained.get_submodule(name).weight.detach()
         whole, step = tensors[f"{name}.weight"], tensors[f"{name}.step"]
         assert whole.dtype == torch.int8 and whole.shape == weight.shape
-        np.testing.assert_allclose(step.numpy(), weight.abs().amax(1).numpy() / 127, rtol=1e-6)
+        widths = weight.abs().amax(1).numpy() / 127
+        np.testing.assert_allclose(step.numpy(), np.where(widths > 0, widths, 1.0), rtol=1e-6)  # Padding is all zeros
         assert float(((whole * step[:, None] - weight).abs() / step[:, None]).max()) <= 0.5 + 1e-3
     states = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
     name = "bert.encoder.layer.0.attention.self.query"
@@ -278,7 +280,9 @@ def test_llama_cpp_computes_the_same(talk_run, tmp_path):
 def test_llama_three_turns_at_its_own_speeds(save_small, tmp_path):
     slower = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     slower |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    model = LLMForCausalLM.from_pretrained(save_small("Llama", rope_parameters=slower, tie_word_embeddings=False))
+    model = LLMForCausalLM.from_pretrained(
+        save_small("Llama", rope_parameters=slower, tie_word_embeddings=False, initializer_range=0.2)
+    )
     save_gguf(model, tmp_path / "gguf")
     read, ids = GgufModel(tmp_path / "gguf"), torch.arange(10, 210)[None]
     assert "rope_freqs.weight" in read.tensors and "output.weight" in read.tensors
@@ -286,7 +290,8 @@ def test_llama_three_turns_at_its_own_speeds(save_small, tmp_path):
         wanted, found = model(input_ids=ids), read(input_ids=ids)
         read.tensors.pop("rope_freqs.weight")
         other = read(input_ids=ids)
-    assert float((wanted - found).abs().max()) < 2e-3 < float((wanted - other).abs().max())
+    near, far = (float((wanted - one).abs().max() / wanted.abs().max()) for one in (found, other))
+    assert near < 5e-3 and far > 5e-2, (near, far)
 
 
 def test_what_llama_cpp_would_read_wrongly_is_refused(save_small, tmp_path):
