@@ -33,11 +33,16 @@ def whole_product(
     states: torch.Tensor,  # On a CPU, shape (…, I)
     weight_OI: torch.Tensor,  # Whole numbers from -127 to 127
 ) -> torch.Tensor:  # Shape (…, O): to be multiplied by the weights' steps
-    "Round each token's numbers to 255 steps of its own, and multiply whole numbers by whole numbers."
+    "Write each token's numbers in steps of its own and 254ths of a step, and multiply bytes by bytes."
     flat_TI = states.reshape(-1, states.shape[-1]).float()
     step_T1 = flat_TI.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-    product_TO = torch._int_mm((flat_TI / step_T1).round().to(torch.int8), weight_OI.T)
-    return (product_TO * step_T1).reshape(*states.shape[:-1], len(weight_OI))
+    scaled_TI, n_tokens = flat_TI / step_T1, len(flat_TI)
+    parts = torch.empty(2 * n_tokens, flat_TI.shape[1], dtype=torch.int8)
+    parts[:n_tokens] = scaled_TI.round()
+    parts[n_tokens:] = scaled_TI.sub_(parts[:n_tokens]).mul_(254).round_()
+    sums = torch._int_mm(parts, weight_OI.T)
+    product_TO = sums[n_tokens:].float().mul_(1 / 254).add_(sums[:n_tokens]).mul_(step_T1)
+    return product_TO.reshape(*states.shape[:-1], len(weight_OI))
 
 # %% ../nbs/09aa_int8.ipynb #9aa0000d
 class Int8Linear(nn.Module):
@@ -62,10 +67,10 @@ class Int8Linear(nn.Module):
         "The product, each output by its own step."
         weight, step, bias = (getattr(self, name) for name in ("weight", "step", "bias"))
         if states.device.type == "cpu":
-            found = whole_product(states, weight) * step
+            found = whole_product(states, weight)
         else:
-            found = nn.functional.linear(states, weight.to(states.dtype)) * step
-        return found if bias is None else found + bias
+            found = nn.functional.linear(states, weight.to(states.dtype))
+        return found * step if bias is None else torch.addcmul(bias, found, step)
 
 # %% ../nbs/09aa_int8.ipynb #9aa0000e
 class Int8Embedding(nn.Module):
