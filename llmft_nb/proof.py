@@ -246,13 +246,14 @@ def check_proof(
     by_answers: bool,  # Which of the two
 ) -> None:
     "Refuse a form of a model that answers otherwise."
-    differs = 1 - found.equal_frac if by_answers else found.largest
+    n_differ = found.n_answers - found.n_equal
+    differs = n_differ / max(1, found.n_answers) if by_answers else found.largest
     if differs <= limit:
         return
     number = found.differing[0] if by_answers and found.differing else found.worst
     row: Row = rows[number]
     text = row_text(row) if any(name in row for name in ("text", "prompt", "tokens", "messages")) else json.dumps(row)
-    told = f"{found.n_answers - found.n_equal:,} of {found.n_answers:,} answers differ"
+    told = f"{n_differ:,} of {found.n_answers:,} answers differ"
     told += f", logits by up to {found.largest:.2g}"
     of = "answers" if by_answers else "the largest logit"
     raise UserError(
