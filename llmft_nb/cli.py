@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['predict', 'judge_options', 'harness_options', 'evaluate_run', 'chat', 'serve', 'models', 'runs', 'check', 'tokens',
-           'report', 'demo', 'top', 'main']
+           'report', 'export', 'demo', 'top', 'main']
 
 # %% ../nbs/10d_cli.ipynb #14dda8e9
 import io
@@ -18,14 +18,14 @@ import typer
 
 from .commands import Debug, Json, Level, app
 from .core import UserError
-from .shell import is_model, show_answer, show_checks, show_comparison, show_demo, show_harness
+from .shell import is_model, show_answer, show_checks, show_comparison, show_demo, show_export, show_harness
 from .shell import show_scores, show_table, show_tokens, talk
 from .typed import LogLevel, batches_of, exit_statuses, parse_columns, with_flags_of
 
 # %% ../nbs/10d_cli.ipynb #bfd47008
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, or an export's.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; else --file, else the standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="Rows with a text column, in any format.")] = None,
     columns: Annotated[list[str] | None, typer.Option(help="theirs=ours, e.g. question=text.")] = None,
@@ -36,10 +36,10 @@ def predict(
 ) -> None:
     "Answer texts with a tuned model: labels, spans, written answers, filled gaps."
     with exit_statuses(as_json, log_level, debug):
-        from llmft_nb.predict import load_predictor
+        from llmft_nb.export import load_exported
 
         source = batches_of(texts, file, parse_columns(columns), batch_size)
-        predictor = load_predictor(run, batch_size)
+        predictor = load_exported(run, batch_size)
         for batch in source:
             for given, answer in zip(batch, predictor.predict(batch), strict=True):
                 row = given if isinstance(given, dict) else {"text": given}
@@ -160,9 +160,10 @@ def chat(
 ) -> None:
     "Talk with a tuned model; a line is a turn, /new begins again, /quit or the end of the input ends."
     with exit_statuses(as_json, log_level, debug):
-        from llmft_nb.predict import load_predictor, open_chat
+        from llmft_nb.export import load_exported
+        from llmft_nb.predict import open_chat
 
-        predictor = load_predictor(run, batch_size=1)
+        predictor = load_exported(run, batch_size=1)
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         talk(lambda: open_chat(predictor, system, **options), as_json, predictor.notice)
 
@@ -376,6 +377,34 @@ def report(
             )
         write_report(run)
         print(json.dumps({"report": str(run / "report.html")}) if as_json else run / "report.html")
+
+# %% ../nbs/10d_cli.ipynb #10d0e00c
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format_name: Annotated[str, typer.Option("--format", help="merged, int8, onnx or gguf.")] = "merged",
+    out: Annotated[Path | None, typer.Option(help="An empty folder; else RUN/export/FORMAT.")] = None,
+    push: Annotated[str | None, typer.Option(help="owner/name on the hub (HF_TOKEN), or a folder's path.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to compare on; else validation rows, or test rows.")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="theirs=ours, e.g. question=text.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows at most; else 1,000, of a writer 64.")] = None,
+    tolerance: Annotated[float | None, typer.Option(min=0.0, help="What may differ; else what is promised.")] = None,
+    as_json: Json = False,
+    log_level: Level = LogLevel.warning,
+    debug: Debug = False,
+) -> None:
+    "Export a run, merged, quantised or in another format, and prove that it answers the same."
+    with exit_statuses(as_json, log_level, debug):
+        from llmft_nb.export import export_run
+        from llmft_nb.push import check_target, push_folder
+
+        if push is not None:
+            check_target(push)  # Heard of before anything is computed
+        asked: dict[str, Any] = {"data": data, "columns": parse_columns(columns), "n_rows": rows}
+        told = export_run(run, format_name, out, tolerance=tolerance, **asked)
+        if push is not None:
+            told["pushed"] = push_folder(told["folder"], push)
+        show_export(told, as_json)
 
 # %% ../nbs/10d_cli.ipynb #79ea6317
 @app.command()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN_SIZES', 'show_scores', 'show_run', 'asked_words', 'show_answer', 'show_table', 'show_value', 'is_model',
            'show_checks', 'show_demo', 'plan_line', 'show_plans', 'show_attempt', 'show_tuned', 'harness_lines',
-           'show_harness', 'show_comparison', 'show_tokens', 'take_turn', 'talk']
+           'show_harness', 'show_comparison', 'show_export', 'show_tokens', 'take_turn', 'talk']
 
 # %% ../nbs/10a_shell.ipynb #2af6e5d9
 import dataclasses
@@ -337,6 +337,29 @@ def show_comparison(
     for note in [*reader_notes(compared.contenders), *notices_of(compared)]:
         print(visible(note))
     print(f"page: {file}")
+
+# %% ../nbs/10a_shell.ipynb #10a0e002
+def show_export(
+    told: dict[str, Any],  # As `export_run` returns it
+    as_json: bool,  # For programs
+) -> None:
+    "Print what was exported, and the proof."
+    if as_json:
+        print(json.dumps(finite(told), ensure_ascii=False))
+        return
+    from llmft_nb.pages import visible
+    from llmft_nb.proof import proof_words
+
+    spent, share = told["proof"]["seconds"], told["bytes"] / max(1, told["source_bytes"])
+    print(f"{told['format']}: {told['folder']}, {told['bytes'] / 1e6:,.1f} MB ({share:.0%} of the run's model)")
+    print(f"on {visible(told['rows'], 80)}: {proof_words(told['proof'])}")
+    print(f"seconds for them: {spent['trained']:.2f} as trained, {spent['exported']:.2f} as exported")
+    if told["tolerance"] != told["promised"]:
+        print(f"allowed to differ: {told['tolerance']:g}; the format promises {told['promised']:g}")
+    if told.get("pushed"):
+        print(f"pushed: {visible(told['pushed'], 200)}")
+    if told["notice"]:
+        print(told["notice"])
 
 # %% ../nbs/10a_shell.ipynb #39da0b73
 def show_tokens(
