@@ -339,13 +339,17 @@ def pin_data(
     if not name:
         return task
     asked = (task.file.config.get("dataset_kwargs") or {}).get("revision")
-    commit = hub_commit(name, asked)
+    why, mend = "the hub is switched off (HF_HUB_OFFLINE), and the cache holds nothing of it", "fetch it elsewhere"
+    try:
+        commit = hub_commit(name, asked)
+    except UserError as error:
+        commit, why, mend = "", f"{error.what}; {error.why}" if error.why else error.what, error.mend
     if not commit and not cached_sets(name):
         raise UserError(
             f"the task needs the data set {visible(name, 80)}, which is not on this machine",
             where=f"task {task.name}",
-            why="the hub is switched off (HF_HUB_OFFLINE), and the cache holds nothing of it",
-            mend="fetch it where there is a network, or write a task on files of your own (--harness-path)",
+            why=why,
+            mend=f"{mend}, or write a task on files of your own (--harness-path)",
         )
     return replace(task, commit=commit)
 

@@ -293,6 +293,7 @@ def test_plan_takes_what_train_takes() -> None:
         "allow",
         "strict",
         "same_as",
+        "repeats",
         "resume",
         "question",
         "general",
