@@ -9,8 +9,10 @@ __all__ = ['NO_ROOM', 'MOST_LOOKED_AT', 'by_length', 'is_out_of_memory', 'free_m
            'own_random_stream', 'Trial']
 
 # %% ../nbs/06b_inference.ipynb #f97ac9a8
+import ctypes
 import gc
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -55,8 +57,10 @@ def is_out_of_memory(
 
 
 def free_memory() -> None:
-    "Hand back what nobody holds."
+    "Hand back what nobody holds; glibc would keep holes between what is held."
     gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

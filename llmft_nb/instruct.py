@@ -15,7 +15,7 @@ import numpy as np
 
 from .answers import answer_columns, rouge_splitter
 from .dialogues import InstructDataset, check_instruct
-from .inference import row_losses
+from .inference import free_memory, row_losses
 from .modeling import TunableModel, position_limit
 from .predict import write_on
 from .prompts import render
@@ -174,6 +174,7 @@ class InstructTask(Task):
         limit, some = self.settings.max_length, evenly(n_rows, self.settings.n_written)
         wanted, kept, places, found = set(some), list[Row](), list[str](), list[dict[str, Any]]()
         for rows in parts:
+            free_memory()  # Of the part before
             dataset = InstructDataset(rows, model.tokenizer, max_length=limit, train_on="last", too_long="split")
             losses = [np.bincount(dataset.row_numbers, part, len(rows)) for part in row_losses(model, dataset)]
             kept += [row if len(kept) + i in wanted else {} for i, row in enumerate(rows)]

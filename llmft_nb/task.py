@@ -15,7 +15,7 @@ from torch import nn
 from .adapters import apply_strategy, check_four_bit
 from .core import get_logger, sha256_json
 from .data import TokenDataset
-from .inference import padding_gap, row_losses
+from .inference import free_memory, padding_gap, row_losses
 from .objectives import perplexity
 from .hparams import TrainSettings
 from .modeling import TunableModel, check_looks_back, size_head
@@ -193,6 +193,7 @@ class Task:
         "Answer rows part by part, and keep what a judge needs of them."
         rows, answers = list[Row](), list[dict[str, Any]]()
         for part in parts:
+            free_memory()  # Of the part before
             for row, answer in zip(part, self.answers(model, part), strict=True):
                 kept = self.brief(row, answer)
                 rows.append(kept[0])
