@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'PAD_NAMES', 'END_NAMES', 'CatalogueModel', 'ModelSource', 'check_config', 'weight_files',
-           'weights_fingerprint', 'read_licence', 'local_source', 'hub_source', 'find_model', 'model_languages',
-           'base_config', 'reads_both_sides', 'mend_tokenizer', 'quiet_loading', 'load_tokenizer', 'counted_weights',
-           'describe_model']
+           'weights_fingerprint', 'pinned_name', 'read_licence', 'local_source', 'hub_source', 'find_model',
+           'model_languages', 'base_config', 'reads_both_sides', 'mend_tokenizer', 'quiet_loading', 'load_tokenizer',
+           'counted_weights', 'describe_model']
 
 # %% ../nbs/02a_bases.ipynb #a84cfb75
 import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,13 @@ def weights_fingerprint(
 ) -> str:  # SHA-256 of each file of weights, joined by "+"
     "What tells a local model from any other."
     return "+".join(sha256_file(path) for path in weight_files(folder))
+
+
+def pinned_name(
+    model: Mapping[str, Any],  # The "model" of a run's record
+) -> str:  # A catalogue name, a folder, or a hub id with its commit
+    "What a run began with, as it is named to be loaded again."
+    return f"{model['name']}@{model['revision']}" if model.get("kind") == "hub" else str(model.get("name", ""))
 
 # %% ../nbs/02a_bases.ipynb #6443a7ce
 def read_licence(

@@ -16,6 +16,7 @@ from typing import Any
 
 from .answers import answer_columns, rouge_splitter
 from .asking import Endpoint, check_address, read_key
+from .bases import pinned_name
 from .core import UserError, probe_device, read_record
 from .instruct import answer_of
 from .judging import Item, Judging, draw_rows, judge_rows, open_ledger, read_template
@@ -91,8 +92,7 @@ def base_of(
     "The untuned model of a run."
     if not (run / "run.json").is_file():
         return ""
-    model = read_record(run).model
-    return f"{model['name']}@{model['revision']}" if model.get("kind") == "hub" else str(model.get("name", ""))
+    return pinned_name(read_record(run).model)
 
 
 def base_answers(

@@ -7,8 +7,6 @@ __all__ = ['N_WARM', 'WORTH_S', 'LEAST_TIMED', 'resident_bytes', 'most_resident_
            'check_plan']
 
 # %% ../nbs/09f_plan_check.ipynb #09fa0004
-import contextlib
-import ctypes
 import re
 import statistics
 import sys
@@ -26,6 +24,7 @@ from .devices import this_device
 from .bases import base_config
 from .data import TokenDataset
 from .hparams import TrainSettings
+from .inference import trim_heap
 from .modeling import TunableModel
 from .planning import Plan, plan_job
 from .rehearsal import make_job
@@ -51,8 +50,7 @@ def most_resident_bytes() -> float:  # Since the mark was set back, or the proce
 
 def forget_most() -> None:
     "Return what is free, and set the mark back, where the system allows it."
-    with contextlib.suppress(OSError, AttributeError):  # No library of GNU's
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    trim_heap()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # Not Linux, or not allowed: the mark is of the whole process

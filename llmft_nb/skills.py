@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .bases import pinned_name
 from .core import RunRecord, UserError, finite, probe_device, read_record, write_atomic
 from .harness import Asking, Measure, TaskResult, ask_tasks, house_manners, load_task
 from .modeling import LLMForCausalLM, TunableModel
@@ -104,9 +105,7 @@ def base_model(
 ) -> TunableModel:  # Untuned
     "Load the model that a run began with, and see that it is the same one."
     source, where = record.model, f"base {visible(base or record.model.get('name'))}"
-    name: Any = base or source["name"]
-    if base is None and source.get("kind") == "hub":
-        name = f"{name}@{source['revision']}"
+    name: Any = base or pinned_name(source)
     if base is None and source.get("kind") not in {"hub", "catalogue"} and not Path(name).is_dir():
         why = "the record keeps its name, and no such folder is here"
         raise UserError("where is the model that the run began with?", where=where, why=why, mend="name it with --base")
