@@ -74,13 +74,14 @@ def serve(
         taken = bind(host, port)
         predictor = load_predictor(run)
         try:
-            from llmft_nb.serving import Serving, model_name, serve as serve_until_told
+            from llmft_nb.server import serve as serve_until_told
+            from llmft_nb.serving import ServedModel, Serving, model_name
         except ModuleNotFoundError as error:
             mend = 'pip install "llmft_nb[serve]"'
             raise UserError("the server is not installed", where=str(error.name), mend=mend) from None
-        serving = Serving(predictor, model_name(name, run), n_slots=slots, n_waiting=queue)
+        model = ServedModel(predictor, model_name(name, run), n_slots=slots, n_waiting=queue)
         shown = f"[{host}]" if ":" in host else host
-        ready = {"address": f"http://{shown}:{taken.getsockname()[1]}", "model": serving.name, "task": predictor.task}
+        ready = {"address": f"http://{shown}:{taken.getsockname()[1]}", "model": model.name, "task": predictor.task}
 
         def tell() -> None:
             words = f"{ready['model']} at {ready['address']} ({predictor.task})"
@@ -88,4 +89,4 @@ def serve(
             if predictor.notice and not as_json:
                 print(predictor.notice, file=sys.stderr)
 
-        serve_until_told(serving, Doors(key, allow_host or ()), taken, tell)
+        serve_until_told(Serving([model]), Doors(key, allow_host or ()), taken, tell)

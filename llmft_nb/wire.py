@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'SHARED', 'MOST_TOKENS', 'MOST_CHARACTERS', 'MOST_ROWS', 'BadRequest', 'read_body', 'wrong', 'number', 'flag',
-           'check_fields', 'WriteRequest', 'read_stop', 'read_messages', 'read_prompt', 'read_write', 'read_texts',
-           'check_model']
+           'check_fields', 'WriteRequest', 'read_stop', 'read_messages', 'read_prompt', 'read_write', 'read_texts']
 
 # %% ../nbs/09ba_wire.ipynb #16bbfc35
 from collections.abc import Mapping, Sequence
@@ -240,15 +239,3 @@ def read_texts(
     if sum(map(len, texts)) > MOST_CHARACTERS:
         raise wrong("input", f"must be {MOST_CHARACTERS} characters at most")
     return texts
-
-
-def check_model(
-    values: Mapping[str, Any],  # The parsed body
-    name: str,  # What is served
-) -> None:
-    "A model's name is compared and nothing else: it never becomes a path."
-    asked = values.get("model", name)
-    if not isinstance(asked, str):
-        raise wrong("model", "must be a text")
-    if asked != name:
-        raise BadRequest("no such model here", param="model", code="model_not_found", status=404)

@@ -290,16 +290,16 @@ def test_who_does_not_read_is_let_go(run: Path, monkeypatch: pytest.MonkeyPatch)
 
     import uvicorn
 
-    from llmft_nb import serving
+    from llmft_nb import connections
 
     async def pour(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for _ in range(10_000):
             await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
 
-    monkeypatch.setattr(serving, "TAKE_S", 1.0)
+    monkeypatch.setattr(connections, "TAKE_S", 1.0)
     taken = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(pour, http=serving.TimedProtocol, lifespan="off", log_config=None))
+    server = uvicorn.Server(uvicorn.Config(pour, http=connections.TimedProtocol, lifespan="off", log_config=None))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([taken])))
     thread.start()
     with socket.create_connection(taken.getsockname()) as line:
