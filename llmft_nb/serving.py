@@ -24,7 +24,7 @@ from .gate import receive_body
 from .predict import Predictor
 from .slots import Piece, Question
 from .traffic import Numbers
-from .wire import BadRequest, WriteRequest, read_body, read_texts, read_write, wrong
+from .wire import BadRequest, WriteRequest, read_body, read_rows_asked, read_write, wrong
 from .worker import Asker, ModelWorker, Rows, Turns
 
 # %% ../nbs/09bf_serving.ipynb #8e25e455
@@ -40,6 +40,9 @@ class ServedModel:
         n_waiting: int = 64,  # Questions that may wait
         turns: Turns | None = None,  # Shared by models on one device; None: it has the device for itself
     ) -> None:
+        if predictor.model.kind == "MaskedLM":
+            what, why = "a model that fills gaps is not served", "no client's format has a question for it"
+            raise UserError(what, where=name, why=why, mend="use llmft predict, or tune it to classify or tag")
         self.predictor, self.name, self.created = predictor, name, int(time.time())
         self.asker = Asker(predictor) if predictor.model.kind == "CausalLM" else None
         self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns)
@@ -152,7 +155,7 @@ async def tell_events(
     include_usage: bool,  # Whether the last event counts tokens
 ) -> AsyncIterator[bytes]:  # Server-sent events
     "An answer, piece by piece."
-    first, reason = True, None
+    first, reason, n_before = True, None, 0
     while reason is None:
         piece = await listener.next()
         reason = piece.reason
@@ -160,9 +163,9 @@ async def tell_events(
             yield event(BadRequest("the model failed", code="model_failed", status=500).body())
             return
         tokens = piece.tokens if question.n_likely is not None else None
-        choice = form.choice(piece.text, reason, tokens, first, chunk=True)
+        choice = form.choice(piece.text, reason, tokens, first, chunk=True, n_before=n_before)
         yield event(form.wrap([choice], chunk=True))
-        first = False
+        first, n_before = False, n_before + sum(len(token["token"]) for token in piece.tokens)
     if include_usage:
         yield event(form.wrap([], count_tokens(question), chunk=True))
     yield b"data: [DONE]\n\n"
@@ -214,7 +217,7 @@ async def answer_rows(
     def parse(model: ServedModel, values: dict[str, Any]) -> tuple[ServedModel, Rows]:
         if model.predictor.task != task:
             raise BadRequest(f"this model was tuned to {model.predictor.task}", code="wrong_task")
-        return model, Rows(read_texts(values, blanks=task == "tag"), listener.tell)
+        return model, Rows(read_rows_asked(values, task), listener.tell)
 
     model, rows = await serving.read(request, parse)
     model.worker.put(rows)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'SHARED', 'MOST_TOKENS', 'MOST_CHARACTERS', 'MOST_ROWS', 'BadRequest', 'read_body', 'wrong', 'number', 'flag',
-           'check_fields', 'WriteRequest', 'read_stop', 'read_messages', 'read_prompt', 'read_write', 'read_texts']
+           'check_fields', 'WriteRequest', 'read_stop', 'read_columns', 'read_messages', 'read_prompt', 'n_characters',
+           'read_n_likely', 'read_write', 'read_row', 'wanted_text', 'read_rows_asked']
 
 # %% ../nbs/09ba_wire.ipynb #16bbfc35
 from collections.abc import Mapping, Sequence
@@ -122,7 +123,7 @@ MOST_CHARACTERS = 400_000  # Of all that a request says
 class WriteRequest:
     "What a client wants written, all of it within limits."
 
-    said: list[dict[str, str]] | str  # Messages, or a text to go on from
+    said: list[dict[str, Any]] | str  # Messages, or a text to go on from
     max_tokens: int | None = None  # None: as the run was trained
     temperature: float = 0.0  # From 0 to 2; 0 is greedy
     top_p: float = 1.0  # Above 0, to 1
@@ -145,20 +146,33 @@ def read_stop(
     return tuple(texts)
 
 
+def read_columns(
+    value: Any,  # The field, of any type
+    where: str,  # The field
+) -> dict[str, str]:  # One to 64 texts by column
+    "What a prompt is made of, where it was made of columns in training."
+    if not isinstance(value, dict) or not 1 <= len(value) <= 64 or not all(isinstance(v, str) for v in value.values()):
+        raise wrong(where, "must be an object of 1 to 64 texts")
+    return dict(value)
+
+
 def read_messages(
     value: Any,  # The field, of any type
-) -> list[dict[str, str]]:  # Roles and contents
+) -> list[dict[str, Any]]:  # Each with "role", and with "content" or "columns"
     "A conversation that ends with a question."
     if not isinstance(value, list) or not 1 <= len(value) <= 256:
         raise wrong("messages", "must be a list of 1 to 256 messages")
     found = []
     for place, message in enumerate(value):
         where = f"messages[{place}]"
-        if not isinstance(message, dict) or not set(message) <= {"role", "content", "name"}:
+        if not isinstance(message, dict) or not set(message) <= {"role", "content", "name", "columns"}:
             raise wrong(where, "must be an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "developer", "user", "assistant"):
             raise wrong(f"{where}.role", "must be system, user or assistant")
+        if role == "user" and content is None and "columns" in message:
+            found.append({"role": role, "columns": read_columns(message["columns"], f"{where}.columns")})
+            continue
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             content = "".join(part["text"] if isinstance(part.get("text"), str) else "" for part in content)
         if not isinstance(content, str):
@@ -181,16 +195,33 @@ def read_prompt(
     return text
 
 # %% ../nbs/09ba_wire.ipynb #d3506c6c
+def n_characters(
+    message: Mapping[str, Any],  # Of a conversation
+) -> int:  # Of its content, or of its columns together
+    "How much a message says."
+    return sum(map(len, message["columns"].values())) if "columns" in message else len(message["content"])
+
+
+def read_n_likely(
+    values: Mapping[str, Any],  # A request of a chat
+) -> int | None:  # From 0 to 20; None: no probabilities
+    "How many tokens a client wants told for each place; completions say it in one field."
+    told, n_likely = flag(values, "logprobs"), number(values, "top_logprobs", 0, 0, 20)
+    if n_likely and not told:
+        raise wrong("top_logprobs", "needs logprobs")
+    return n_likely if told else None
+
+
 def read_write(
     values: Mapping[str, Any],  # The parsed body
     chat: bool,  # Whether it has messages, or a prompt
 ) -> WriteRequest:  # Within limits
     "Read a request to write."
-    own = ("messages", "max_completion_tokens", "logprobs", "top_logprobs") if chat else ("prompt",)
+    own = ("messages", "max_completion_tokens", "logprobs", "top_logprobs") if chat else ("prompt", "logprobs")
     check_fields(values, (*SHARED, *own), FIXED)
     name = "messages" if chat else "prompt"
     said = read_messages(values.get(name)) if chat else read_prompt(values.get(name))
-    n_said = len(said) if isinstance(said, str) else sum(len(message["content"]) for message in said)
+    n_said = len(said) if isinstance(said, str) else sum(map(n_characters, said))
     if n_said > MOST_CHARACTERS:
         raise wrong(name, f"must be {MOST_CHARACTERS} characters at most")
     options = values.get("stream_options") or {}
@@ -202,10 +233,7 @@ def read_write(
     top_p = float(number(values, "top_p", 1.0, 0, 1, whole=False))
     if top_p == 0:
         raise wrong("top_p", "must be above 0")
-    told = flag(values, "logprobs")
-    n_likely = number(values, "top_logprobs", 0, 0, 20)
-    if n_likely and not told:
-        raise wrong("top_logprobs", "needs logprobs")
+    n_likely = read_n_likely(values) if chat else number(values, "logprobs", None, 0, 20)
     return WriteRequest(
         said,
         number(values, "max_completion_tokens", most, 1, MOST_TOKENS),
@@ -215,27 +243,53 @@ def read_write(
         read_stop(values.get("stop")),
         flag(values, "stream"),
         flag(options, "include_usage"),
-        n_likely if told else None,
+        n_likely,
     )
 
 # %% ../nbs/09ba_wire.ipynb #0db28628
 MOST_ROWS = 256  # Of a batch
 
 
-def read_texts(
+def read_row(
+    value: Any,  # A text, or an object
+    task: str,  # "classify" or "tag"
+) -> str | dict[str, Any]:  # As `predict` takes it
+    "A row to label or tag."
+    if isinstance(value, str):
+        if task == "classify" and not value.strip():
+            raise wrong("input", "must hold no blank text")
+        return value
+    if task == "classify" and isinstance(value, dict) and set(value) == {"text", "text_pair"}:
+        return {name: read_row(wanted_text(one), task) for name, one in value.items()}
+    tokens = value.get("tokens") if isinstance(value, dict) and set(value) == {"tokens"} else None
+    if task == "classify" or not isinstance(tokens, list) or not tokens:
+        raise wrong("input", "must hold texts, or objects with text and text_pair, or with tokens")
+    if not all(word.split() == [word] for word in map(wanted_text, tokens)):
+        raise wrong("input", "must hold tokens that are words, without a blank")
+    return {"tokens": tokens}
+
+
+def wanted_text(
+    value: Any,  # Of any type
+) -> str:  # The same
+    "A text, or an error."
+    if not isinstance(value, str):
+        raise wrong("input", "must hold texts alone")
+    return value
+
+
+def read_rows_asked(
     values: Mapping[str, Any],  # The parsed body
-    blanks: bool = True,  # Whether a text may be blank
-) -> list[str]:  # One to 256 texts
+    task: str,  # "classify" or "tag"
+) -> list[str | dict[str, Any]]:  # One to 256
     "Read a request to label or tag."
     check_fields(values, ("model", "input", "user"), {})
     value = values.get("input")
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_ROWS:
+    rows = value if isinstance(value, list) else [value]
+    if not 1 <= len(rows) <= MOST_ROWS:
         raise wrong("input", f"must be a text, or a list of 1 to {MOST_ROWS}")
-    if not all(isinstance(text, str) for text in texts):
-        raise wrong("input", "must hold texts alone")
-    if not blanks and not all(text.strip() for text in texts):
-        raise wrong("input", "must hold no blank text")
+    found = [read_row(row, task) for row in rows]
+    texts = [row if isinstance(row, str) else "".join(map("".join, row.values())) for row in found]
     if sum(map(len, texts)) > MOST_CHARACTERS:
         raise wrong("input", f"must be {MOST_CHARACTERS} characters at most")
-    return texts
+    return found

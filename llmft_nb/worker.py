@@ -15,9 +15,9 @@ from typing import Any
 
 from .core import get_logger
 from .decoding import end_ids
-from .dialogues import fill_template
+from .dialogues import fill_template, template_columns
 from .modeling import asking, position_limit
-from .predict import Predictor, sole_column
+from .predict import Predictor
 from .prompts import render, stop_ids
 from .slots import Piece, Question, SlotEngine
 from .wire import BadRequest, WriteRequest
@@ -33,28 +33,39 @@ class Asker:
         self.task, self.settings, network = predictor.task, predictor.settings, predictor.model.network
         self.tokenizer = copy.deepcopy(predictor.model.tokenizer)
         self.window = position_limit(network.config) or predictor.max_length
-        self.pattern = self.settings.get("prompt_template")
-        self.column = sole_column(self.pattern) if self.pattern else ""
+        self.pattern = str(self.settings.get("prompt_template") or "")
+        self.columns = sorted(set(template_columns(self.pattern))) if self.pattern else []
         own = stop_ids(self.tokenizer) if self.task == "instruct" else []
         self.ends = sorted({*end_ids(network, self.tokenizer), *own})
 
     def prompt_ids(
         self,
-        said: Sequence[Mapping[str, str]] | str,  # Messages, or a text to go on from
+        said: Sequence[Mapping[str, Any]] | str,  # Messages, or a text to go on from
     ) -> list[int]:  # Token ids
-        "What the model reads."
+        "What the model reads; where several columns made a prompt, a message's content counts as made of them already."
         if isinstance(said, str):
             front = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
             options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
             return [*front, *self.tokenizer(said, **options)["input_ids"]]
-        messages = [dict(message) for message in said]
-        if self.pattern:
-            for message in messages:
-                if message["role"] == "user":
-                    message["content"] = fill_template(self.pattern, {self.column: message["content"]})
+        messages = [self.filled(message) if message["role"] == "user" else dict(message) for message in said]
         if self.settings.get("system") and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": str(self.settings["system"])})
         return list(render(self.tokenizer, messages, answer_next=True).ids)
+
+    def filled(
+        self,
+        message: Mapping[str, Any],  # A user's, with "content" or "columns"
+    ) -> dict[str, str]:  # With "content" alone
+        "What a user says, put as it was in training."
+        columns = message.get("columns")
+        if columns is None and len(self.columns) == 1:
+            columns = {self.columns[0]: message["content"]}
+        if columns is None:
+            return {"role": "user", "content": message["content"]}
+        if not set(columns) <= set(self.columns):
+            known = ", ".join(self.columns) or "none"
+            raise BadRequest(f"this model's prompts have columns: {known}", param="columns", code="unknown_column")
+        return {"role": "user", "content": fill_template(self.pattern, columns)}
 
     def question(
         self,
@@ -67,6 +78,8 @@ class Asker:
             raise BadRequest("this model goes on from texts: ask /v1/completions", code="wrong_task")
         try:
             ids = self.prompt_ids(asked.said)
+        except BadRequest:
+            raise
         except Exception as error:  # Of the template: what it says may be anything
             get_logger("worker").warning("a conversation was not rendered: %s", type(error).__name__)
             raise BadRequest("the model's template does not take this", param=name, code="not_rendered") from None
@@ -109,7 +122,7 @@ class Turns:
 class Rows:
     "Texts that wait to be labelled or tagged."
 
-    texts: list[str]  # At least one
+    texts: list[Any]  # At least one, or a row with "text_pair" or "tokens"
     tell: Callable[[list[dict[str, Any]] | None], None]  # Is told of the answers; None where something broke
     gone: bool = field(default=False)  # Set by who asked
 

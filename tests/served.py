@@ -284,7 +284,6 @@ def check_crowd(served: Served, n_open: int, rate: float, seconds: float, health
     idle, wrong, counts, lock = [], [], {}, threading.Lock()
     for _ in range(n_open):
         idle.append(socket.create_connection(("127.0.0.1", served.port)))
-    ended_s = time.monotonic() + seconds
 
     def one(k: int) -> None:
         body = {"messages": [{"role": "user", "content": f"Who is {k}?"}], "max_tokens": 16, "stream": k % 2 == 0}
@@ -305,12 +304,11 @@ def check_crowd(served: Served, n_open: int, rate: float, seconds: float, health
         [sys.executable, "-c", LOOK, str(served.port), str(seconds)], stdout=subprocess.PIPE, text=True
     )
     threads: list[threading.Thread] = []
-    k = 0
-    while time.monotonic() < ended_s:
+    started_s = time.monotonic()
+    for k in range(int(rate * seconds)):
+        time.sleep(max(0.0, started_s + k / rate - time.monotonic()))
         threads.append(threading.Thread(target=one, args=(k,)))
         threads[-1].start()
-        k += 1
-        time.sleep(1 / rate)
     for thread in threads:
         thread.join()
     for line in idle:
@@ -397,16 +395,29 @@ def keys(number: int, shared: Path, folder: Path) -> str:
     return tortured(number, folder, lambda served, number: check_keys(served))
 
 
+def tune_run(folder: Path) -> Path:
+    "A run that has learnt to answer the house pharmacy's questions, three epochs of 2,400; two minutes."
+    from llmft_nb.finetune import finetune
+    from llmft_nb.rows import read_rows
+
+    rows = list(read_rows("pharmacy", split="train"))[:2400]
+    asked = [{"prompt": row["text"], "completion": f"{row['label']}: {row['reason']}."} for row in rows]
+    finetune(asked, task="instruct", out=folder, epochs=3, callbacks=(), n_written=8, max_new_tokens=48)
+    return folder
+
+
 def equal(number: int, shared: Path, folder: Path) -> str:
-    "Served answers are those of `predict`, for 300 questions."
+    "Served answers are those of `predict`, for 300 questions, by a model as it came and by one that was tuned."
     import openai
     import test_serving
 
     from llmft_nb.predict import load_predictor
 
-    def check(served: Served, number: int) -> str:
+    run = make_run(folder / "run", "instruct", max_new_tokens=24, max_length=256)
+    if number:
+        run = tune_run(folder / "tuned" / "run")
+    with serving(run, folder) as served:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key=KEY, max_retries=0, timeout=60)
-        test_serving.check_equal(client, load_predictor(folder / "run"), 300)
-        return ""
-
-    return tortured(number, folder, check)
+        answers = test_serving.check_equal(client, load_predictor(run), 300)
+    print(f"{len(answers)} answers, {len(set(answers))} of them different")
+    return "" if len(answers) == 300 and len(set(answers)) > 20 else f"{len(set(answers))} different answers"

@@ -65,8 +65,8 @@ def talk(text: str) -> list[dict[str, str]]:
 # --- answers ---
 
 
-def check_equal(client: openai.OpenAI, predictor: Predictor, n_questions: int) -> None:
-    "Whatever the mix of requests, answers are those of `predict`, whole or as a stream."
+def check_equal(client: openai.OpenAI, predictor: Predictor, n_questions: int) -> list[str]:
+    "Whatever the mix of requests, answers are those of `predict`, whole or as a stream; these are returned."
     texts = questions(n_questions)
     expected = [answer["completion"] for answer in predictor.predict(texts)]
 
@@ -81,6 +81,7 @@ def check_equal(client: openai.OpenAI, predictor: Predictor, n_questions: int) -
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(len(texts)))) == expected
+    return expected
 
 
 def test_served_answers_are_those_of_predict(client: openai.OpenAI, predictor: Predictor) -> None:
@@ -166,6 +167,38 @@ def test_completions_go_on_from_a_text(client: openai.OpenAI, predictor: Predict
     assert answers[0].metadata == {"notice": NOTICE}
     chunks = client.completions.create(model="run", prompt=[texts[0]], stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected[0]
+
+
+def test_completions_tell_probabilities_in_columns(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "run", "prompt": "Once upon a time", "max_tokens": 12}
+    whole = client.completions.create(**options, logprobs=2).choices[0].logprobs
+    assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.top_logprobs) == len(whole.text_offset) == 12
+    assert all(one == max(best.values()) for one, best in zip(whole.token_logprobs, whole.top_logprobs, strict=True)), (
+        "greedy takes the likeliest"
+    )
+    assert whole.text_offset == [len("".join(whole.tokens[:k])) for k in range(12)]
+    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, logprobs=2, stream=True)]
+    assert [token for part in parts for token in part.tokens] == whole.tokens
+    assert [place for part in parts for place in part.text_offset] == whole.text_offset
+    assert client.completions.create(**options).choices[0].logprobs is None
+
+
+def test_a_prompt_of_columns_is_put_together_as_in_training(tmp_path: Path, one_thread: None) -> None:
+    pattern = "{instruction}\n\n{input}"
+    run = make_run(tmp_path / "columns", "instruct", prompt_template=pattern, max_new_tokens=8, max_length=128)
+    row = {"instruction": "Translate.", "input": "Guten Tag"}
+    expected = [answer["completion"] for answer in load_predictor(run).predict([row, {"instruction": "Sing."}])]
+    with served.serving(run, tmp_path) as server:
+
+        def ask(**said: Any) -> tuple[int, Any]:
+            status, _, answer = server.ask("POST", CHAT, {"messages": [{"role": "user"} | said]})
+            return status, answer["choices"][0]["message"]["content"] if status == 200 else answer["error"]["code"]
+
+        assert ask(columns=row) == (200, expected[0])
+        assert ask(columns={"instruction": "Sing."}) == (200, expected[1])
+        assert ask(content="Translate.\n\nGuten Tag") == (200, expected[0]), "made of columns by the client"
+        assert ask(columns={"question": "Why?"}) == (400, "unknown_column")
+        assert ask(columns={"instruction": 1}) == (422, "invalid_value")
 
 
 # --- mistakes ---
@@ -336,7 +369,17 @@ def test_labels_and_tags_come_in_batches(task: str, tmp_path: Path, one_thread: 
                 else:
                     assert one["tags"] == other["tags"]
                     assert [span["text"] for span in one["spans"]] == [span["text"] for span in other["spans"]]
+        rows: list[Any] = [{"tokens": ["May", "I?"]}, texts[0]]
+        if task == "classify":
+            rows = [{"text": "May I?", "text_pair": texts[0]}, texts[0]]
+        found_rows = server.ask("POST", f"/v1/{task}", {"input": rows})[2]["data"]
+        for one, other in zip(found_rows, load_predictor(run).predict(rows), strict=True):
+            name = "label" if task == "classify" else "tags"
+            assert one[name] == other[name]
+            if task == "classify":
+                assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
         assert server.ask("POST", f"/v1/{task}", {"input": [""] * 257})[0] == 422
+        assert server.ask("POST", f"/v1/{task}", {"input": [{"tokens": ["two words"]}, {"text": "x"}]})[0] == 422
         assert server.ask("POST", f"/v1/{task}", {"input": [1]})[0] == 422
         assert server.ask("POST", f"/v1/{task}", {"input": " "})[0] == (422 if task == "classify" else 200)
         assert server.ask("POST", CHAT, {"messages": talk("Hi")})[2]["error"]["code"] == "wrong_task"

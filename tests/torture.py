@@ -120,7 +120,7 @@ def figures() -> list[Figure]:
         Figure("V3", "300 stalled connections", 1, served.stalled),
         Figure("V4", "100 clients that leave", 1, served.gone, 300),
         Figure("V5", "every route with every key", 1, served.keys),
-        Figure("V6", "300 served answers and predict's", 1, served.equal, 600),
+        Figure("V6", "300 served answers and predict's", 2, served.equal, 600),
         Figure("S4", "all tests without a network", 1, offline_suite, 5400),
     ]
 
