@@ -107,7 +107,7 @@ def harness_options(
 @with_flags_of(judge_options)
 @with_flags_of(harness_options)
 def evaluate_run(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, or an export's.")],
     data: Annotated[str | None, typer.Option(help="Rows with answers: file, folder, catalogue name or hub id.")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test, where the source has several.")] = "test",
     columns: Annotated[list[str] | None, typer.Option(help="theirs=ours, e.g. question=text.")] = None,
@@ -130,13 +130,13 @@ def evaluate_run(
 
             found["harness"] = evaluate_harness(run, *tasks)
         if data is not None:
+            from llmft_nb.export import load_exported
             from llmft_nb.finetune import evaluate_predictor
             from llmft_nb.judged import evaluate_judged
-            from llmft_nb.predict import load_predictor
 
             asked: dict[str, Any] = {"columns": parse_columns(columns), "split": split}
             if judge is None:
-                found |= evaluate_predictor(load_predictor(run), data, **asked)
+                found |= evaluate_predictor(load_exported(run), data, **asked)
             else:
                 found |= evaluate_judged(run, data, judge, **asked, tell=lambda words: print(words, file=sys.stderr))
         if as_json:

@@ -49,7 +49,7 @@ def export(
 # %% ../nbs/10cb_deploying.ipynb #10d5e002
 @app.command()
 def serve(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, or an export of one.")],
     host: Annotated[str, typer.Option(help="Address; any but this machine's own needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="Holds the key that clients must send.")] = None,
@@ -69,10 +69,10 @@ def serve(
         if key is None and not is_loopback(host):
             what, why = "no key, where others can ask", "whoever reaches this address could use the model"
             raise UserError(what, where=f"--host {host}", why=why, mend="name one: --api-key-file FILE")
-        from llmft_nb.predict import load_predictor
+        from llmft_nb.export import load_exported
 
         taken = bind(host, port)
-        predictor = load_predictor(run)
+        predictor = load_exported(run, by_hash=True)
         try:
             from llmft_nb.server import serve as serve_until_told
             from llmft_nb.serving import ServedModel, Serving, model_name

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import served
 import torch
 from small import small_rows, write_jsonl
 from typer.testing import CliRunner
@@ -216,6 +217,7 @@ def test_a_graph_that_forgets_the_mask_is_refused(labels_run, tmp_path, monkeypa
     with pytest.raises(UserError, match="does not answer as the trained model"):
         export_run(run, "onnx")
     assert not (run / "export").exists()
+    assert says in called("serve", run, "--port", 0, status=2).stderr
 
 
 # GGUF
@@ -361,6 +363,31 @@ def test_the_command_exports_and_predict_takes_it(labels_run, tmp_path):
     assert json.loads(answered.stdout)["label"] == load_predictor(labels_run).predict(TEXTS[:1])[0]["label"]
 
 
+@pytest.mark.parametrize(
+    ("which", "name"), [("labels", "int8"), ("tags", "onnx"), ("talk", "merged"), ("talk", "int8")]
+)
+def test_an_export_is_served_and_scored_as_it_is_asked(which, name, request, tmp_path):
+    run, out = request.getfixturevalue(f"{which}_run"), tmp_path / "out"
+    export_run(run, name, out, tolerance=1.0)
+    expected = load_exported(out).predict(TEXTS)
+    with served.serving(out, tmp_path) as server:
+        if which == "talk":
+            asked = [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
+            answers = [server.ask("POST", "/v1/chat/completions", one)[2]["choices"][0] for one in asked]
+            assert [one["message"]["content"] for one in answers] == [one["completion"] for one in expected]
+        else:
+            path = "/v1/classify" if which == "labels" else "/v1/tag"
+            answers = server.ask("POST", path, {"input": TEXTS})[2]["data"]
+            key = "label" if which == "labels" else "tags"
+            assert [one[key] for one in answers] == [one[key] for one in expected]
+    if which == "labels":
+        data = write_jsonl(tmp_path / "asked.jsonl", small_rows(30, seed=5))
+        scores = json.loads(called("eval", out, "--data", data, "--json").stdout)
+        right = [one["label"] for one in load_exported(out).predict([row["text"] for row in small_rows(30, seed=5)])]
+        share = sum(one == row["label"] for one, row in zip(right, small_rows(30, seed=5), strict=True)) / 30
+        assert scores["accuracy"]["value"] == pytest.approx(share)
+
+
 def broken(run: Path, how: str) -> None:
     "Spoil a run in one way."
     record = json.loads((run / "run.json").read_text())
@@ -456,6 +483,12 @@ def test_what_was_damaged_after_the_export_is_not_loaded(labels_run, tmp_path):
     file = tmp_path / "o" / "int8.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert "not as it was written" in called("predict", tmp_path / "o", "a text", status=2).stderr
+    told = json.loads((tmp_path / "o" / "export.json").read_text())
+    flipped = bytearray(file.read_bytes() + b"!")
+    file.write_bytes(flipped)  # The right length, and a byte that is not the one that was written
+    assert told["files"][file.name]["bytes"] == len(flipped)
+    said = called("serve", tmp_path / "o", "--port", 0, status=2).stderr
+    assert "int8.safetensors is missing, or not as it was written" in said
     (tmp_path / "o" / "export.json").write_text('{"format": "int8"}')
     assert "not an export's record" in called("predict", tmp_path / "o", "a text", status=2).stderr
 
