@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Receive', 'Send', 'OPEN', 'SAFE_HEADERS', 'read_key', 'is_loopback', 'bind', 'owner_of', 'host_name', 'Doors', 'Gone',
-           'receive_body', 'send_error', 'Gate']
+           'receive_body', 'Bodies', 'send_error', 'Gate']
 
 # %% ../nbs/09bd_gate.ipynb #d0ec7638
 import errno
@@ -17,7 +17,8 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ async def receive_body(
     headers: Mapping[str, str],  # Of the request
     receive: Receive,  # Of ASGI
     limit: int,  # Bytes
+    hold: Callable[[int], None] = lambda n_bytes: None,  # Told of bytes as they come; may refuse them
 ) -> bytes:  # At most so many
     "Read a body of JSON."
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -171,10 +173,38 @@ async def receive_body(
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Gone
-        body, more = body + message.get("body", b""), message.get("more_body", False)
+        part, more = message.get("body", b""), message.get("more_body", False)
+        body += part
         if len(body) > limit:
             raise too_large
+        hold(len(part))
     return body
+
+# %% ../nbs/09bd_gate.ipynb #1929a2d2
+class Bodies:
+    "Bytes of bodies that are held at the same time; for one thread."
+
+    def __init__(
+        self,
+        most: int = 64 * 2**20,  # Bytes
+    ) -> None:
+        self.most, self.held = most, 0
+
+    @contextmanager
+    def room(self) -> Iterator[Callable[[int], None]]:  # To be told of bytes as they come
+        "Room for one body; given back at the end, whatever the end."
+        mine = 0
+
+        def hold(n_bytes: int) -> None:
+            nonlocal mine
+            if self.held + n_bytes > self.most:
+                raise BadRequest("too much is being read already", code="busy", status=429, retry_after_s=1)
+            mine, self.held = mine + n_bytes, self.held + n_bytes
+
+        try:
+            yield hold
+        finally:
+            self.held -= mine
 
 # %% ../nbs/09bd_gate.ipynb #ee8a7cd7
 OPEN = "/health"  # The one path that needs no key

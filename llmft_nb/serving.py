@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 
 from .core import UserError
 from .forms import Form, Listener, Stream, count_tokens, event
-from .gate import receive_body
+from .gate import Bodies, receive_body
 from .predict import Predictor
 from .slots import Piece, Question
 from .traffic import Numbers
@@ -78,7 +78,7 @@ class Serving:
         body_bytes: int = 2**20,  # Most of a request
     ) -> None:
         self.models, self.body_bytes = list(models), body_bytes
-        self.numbers = Numbers(self.counts)
+        self.numbers, self.bodies = Numbers(self.counts), Bodies()
         self._threads = ThreadPoolExecutor(1, "requests")  # One, since a tokenizer is not for several
 
     @property
@@ -117,13 +117,14 @@ class Serving:
     ) -> Any:  # What `parse` made of it
         "Read a body, and parse it on a thread."
         self.main.worker.check_line()
-        body = await receive_body(request.headers, request.receive, self.body_bytes)
+        with self.bodies.room() as hold:
+            body = await receive_body(request.headers, request.receive, self.body_bytes, hold)
 
-        def work() -> Any:
-            values = read_body(body)
-            return parse(self.find(values.get("model")), values)
+            def work() -> Any:
+                values = read_body(body)
+                return parse(self.find(values.get("model")), values)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def stop(self) -> None:
         "End every model's thread."

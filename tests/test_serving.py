@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -256,6 +257,26 @@ def test_bodies_are_json_and_not_too_large(server: Served) -> None:
     head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunk = b"%x\r\n" % 65536 + b" " * 65536 + b"\r\n"
     assert b" 413 " in server.raw(head.encode() + chunk * 17 + b"0\r\n\r\n", ends=False)[:20]
+
+
+def test_many_slow_bodies_do_not_fill_the_memory(run: Path, tmp_path: Path) -> None:
+    "Each within its limit, together beyond theirs: who comes last is refused, and the room is given back."
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {2**20}\r\n\r\n"
+    with served.serving(run, tmp_path) as server:
+        lines = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(70)]
+        for line in lines:
+            line.sendall(head.encode() + b" " * (2**20 - 100))
+        deadline_s, told = time.monotonic() + 8, list[socket.socket]()
+        while len(told) < 6 and time.monotonic() < deadline_s:
+            told = select.select(lines, [], [], 0.1)[0]
+        assert 6 <= len(told) < 20 and all(b" 429 " in line.recv(20) for line in told)
+        for line in lines:
+            line.close()
+        deadline_s = time.monotonic() + 10
+        body = {"messages": talk("Hi"), "max_tokens": 2}
+        while server.ask("POST", CHAT, json.dumps(body).encode() + b" " * (2**20 - 200))[0] != 200:
+            assert time.monotonic() < deadline_s
 
 
 def test_pages_of_other_sites_may_not_ask(server: Served) -> None:
