@@ -79,6 +79,7 @@ def token_table(
     "Keep token ids in an Arrow table."
     import pyarrow
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     batches, held, n_tokens = map(arrow_rows, [parts] if isinstance(parts, TokenRows) else parts), [], 0
     for batch in batches:
@@ -89,9 +90,11 @@ def token_table(
                 with (Path(folder) / "rows.arrow").open("wb") as file:
                     write_stream(file, chain(held, batches))
                 return Dataset.from_file(file.name)
-    buffer = pyarrow.BufferOutputStream()
-    write_stream(buffer, held)
-    return Dataset.from_buffer(buffer.getvalue())
+    sink = pyarrow.BufferOutputStream()
+    write_stream(sink, held)
+    buffer = sink.getvalue()
+    name = hashlib.sha256(buffer).hexdigest()[:16]  # A name of datasets' own making takes 10 ms: much for one row
+    return Dataset(InMemoryTable.from_buffer(buffer), fingerprint=name)
 
 # %% ../nbs/01c_data.ipynb #87036951
 class TokenDataset:
