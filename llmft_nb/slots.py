@@ -116,13 +116,19 @@ class Batch:
     last: torch.Tensor  # (N, 1): each row's newest token, which the cache does not hold yet
 
 
+@torch.no_grad()
 def joins(
-    cache: Any,  # Of transformers
-) -> bool:  # False for sliding windows, states and the like
-    "Whether rows of a cache can be put together."
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    network: Any,  # A transformers causal model
+) -> bool:  # False for states, attention in chunks and the like
+    "Whether a model's past is keys and values alone: then a cache that keeps them all holds it, sliding windows too."
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    one = torch.zeros(1, 1, dtype=torch.long, device=network.get_input_embeddings().weight.device)
+    cache = network(input_ids=one, use_cache=True).past_key_values
+    kinds = getattr(network.config.get_text_config(), "layer_types", None) or []
+    if type(cache) is not DynamicCache or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 # %% ../nbs/09bb_slots.ipynb #dab33834
 def join_batches(
@@ -205,9 +211,7 @@ class SlotEngine:
         self._takes = set(signature(inner_model(network).forward).parameters)
         pad = tokenizer.pad_token_id
         self._pad_id = pad if pad is not None and pad < network.get_input_embeddings().num_embeddings else 0
-        with torch.no_grad():
-            one = torch.zeros(1, 1, dtype=torch.long, device=network.get_input_embeddings().weight.device)
-            self._joins = joins(network(input_ids=one, use_cache=True).past_key_values)
+        self._joins = joins(network)
 
     @property
     def questions(self) -> list[Question]:  # In no order that means anything
@@ -244,12 +248,15 @@ class SlotEngine:
             self.batches = [join_batches([(batch, range(len(batch.questions))) for batch in self.batches])]
 
     def _begin(self, questions: list[Question]) -> Batch:
+        from transformers.cache_utils import DynamicCache
+
         for question in questions:
             question.writer = AnswerWriter(self.tokenizer, question.stops)
         device = self.network.get_input_embeddings().weight.device
         padded = pad_left([question.prompt_ids for question in questions], self._pad_id)
         ids_NT = padded["input_ids"].to(device)
-        batch = Batch(questions, None, padded["attention_mask"].to(device), ids_NT)
+        cache = DynamicCache() if self._joins else None
+        batch = Batch(questions, cache, padded["attention_mask"].to(device), ids_NT)
         self._advance(batch, ids_NT)
         return batch
 
