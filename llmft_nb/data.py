@@ -78,8 +78,7 @@ def token_table(
 ) -> Any:  # A `datasets.Dataset`, in memory or mapped from a file that has no name any more
     "Keep token ids in an Arrow table."
     import pyarrow
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
+    from datasets import Dataset, table
 
     batches, held, n_tokens = map(arrow_rows, [parts] if isinstance(parts, TokenRows) else parts), [], 0
     for batch in batches:
@@ -92,9 +91,8 @@ def token_table(
                 return Dataset.from_file(file.name)
     sink = pyarrow.BufferOutputStream()
     write_stream(sink, held)
-    buffer = sink.getvalue()
-    name = hashlib.sha256(buffer).hexdigest()[:16]  # A name of datasets' own making takes 10 ms: much for one row
-    return Dataset(InMemoryTable.from_buffer(buffer), fingerprint=name)
+    name = hashlib.sha256(sink.getvalue()).hexdigest()[:16]  # datasets' own takes 10 ms: much for one row
+    return Dataset(table.InMemoryTable.from_buffer(sink.getvalue()), fingerprint=name)
 
 # %% ../nbs/01c_data.ipynb #87036951
 class TokenDataset:
@@ -329,8 +327,7 @@ def collate(
     if dataset.lay_out is not None and (layout := dataset.lay_out(dataset.read_lengths[chosen], width, columns)):
         batch["layout"] = layout
     is_token = np.arange(width) < dataset.lengths[chosen][:, None]
-    batch["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
-    return batch
+    return batch | {"attention_mask": torch.from_numpy(is_token.astype(np.int64))}
 
 # %% ../nbs/01c_data.ipynb #01c0a002
 def with_asked_places(

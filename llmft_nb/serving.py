@@ -19,7 +19,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from .core import UserError
-from .forms import Form, Listener, Stream, count_tokens, event
+from .forms import Form, Listener, Post, Stream, count_tokens, event
 from .gate import Bodies, receive_body
 from .predict import Predictor
 from .slots import Piece, Question
@@ -45,7 +45,8 @@ class ServedModel:
             raise UserError(what, where=name, why=why, mend="use llmft predict, or tune it to classify or tag")
         self.predictor, self.name, self.created = predictor, name, int(time.time())
         self.asker = Asker(predictor) if predictor.model.kind == "CausalLM" else None
-        self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns)
+        self.post = Post()
+        self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns, send=self.post.send)
         self.metadata = {"notice": predictor.notice} if predictor.notice else {}
 
     def describe(self) -> dict[str, Any]:  # As OpenAI's clients read it
@@ -116,6 +117,8 @@ class Serving:
         parse: Callable[[ServedModel, dict[str, Any]], Any],  # What to do with the object in it
     ) -> Any:  # What `parse` made of it
         "Read a body, and parse it on a thread."
+        for model in self.models:
+            model.post.open()
         self.main.worker.check_line()
         with self.bodies.room() as hold:
             body = await receive_body(request.headers, request.receive, self.body_bytes, hold)
@@ -178,15 +181,14 @@ async def write_answer(
     chat: bool,  # Which
 ) -> Response:  # Whole, or a stream
     "Write an answer."
-    listener = Listener()
 
-    def parse(model: ServedModel, values: dict[str, Any]) -> tuple[ServedModel, WriteRequest, Question]:
+    def parse(model: ServedModel, values: dict[str, Any]) -> tuple[ServedModel, WriteRequest, Question, Listener]:
         if model.asker is None:
             raise BadRequest("this model does not write", code="wrong_task")
-        asked = read_write(values, chat)
-        return model, asked, model.asker.question(asked, listener.tell)
+        asked, listener = read_write(values, chat), Listener(model.post)
+        return model, asked, model.asker.question(asked, listener.tell), listener
 
-    model, asked, question = await serving.read(request, parse)
+    model, asked, question, listener = await serving.read(request, parse)
     model.worker.put(question)
     serving.numbers.tokens.labels("read").inc(len(question.prompt_ids))
     name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -213,14 +215,14 @@ async def answer_rows(
     task: str,  # Which
 ) -> Response:  # An answer for each text
     "Label or tag texts."
-    listener = Listener()
 
-    def parse(model: ServedModel, values: dict[str, Any]) -> tuple[ServedModel, Rows]:
+    def parse(model: ServedModel, values: dict[str, Any]) -> tuple[ServedModel, Rows, Listener]:
         if model.predictor.task != task:
             raise BadRequest(f"this model was tuned to {model.predictor.task}", code="wrong_task")
-        return model, Rows(read_rows_asked(values, task), listener.tell)
+        listener = Listener(model.post)
+        return model, Rows(read_rows_asked(values, task), listener.tell), listener
 
-    model, rows = await serving.read(request, parse)
+    model, rows, listener = await serving.read(request, parse)
     model.worker.put(rows)
     try:
         answers = await listener.hear(request)

@@ -137,9 +137,10 @@ class ModelWorker:
         n_waiting: int = 64,  # Questions that may wait
         n_rows: int = 512,  # Texts labelled at once
         turns: Turns | None = None,  # Shared with other models on the same device
+        send: Callable[[], None] = lambda: None,  # Called after each step and each batch, when all has been told
     ) -> None:
         self.predictor, self.n_waiting, self.n_rows = predictor, n_waiting, n_rows
-        self._turns = turns or Turns()
+        self._turns, self._send = turns or Turns(), send
         network, tokenizer = predictor.model.network, predictor.model.tokenizer
         predictor.model.eval()
         self.engine = SlotEngine(network, tokenizer, n_slots) if predictor.model.kind == "CausalLM" else None
@@ -202,6 +203,7 @@ class ModelWorker:
                         self._answer(rows)
                     if self.engine and (joining or self.engine.batches):
                         self._write(joining)
+                self._send()
 
     def _take(self) -> tuple[list[Question], list[Rows]]:
         "Who is next; who has gone is dropped."
