@@ -61,9 +61,7 @@ def serve(
     access_log: Annotated[Path | None, typer.Option(help="A JSON line for each question, without texts.")] = None,
     access_log_mb: Annotated[float, typer.Option(min=0.0, help="From which a new file is begun; 0: never.")] = 64.0,
     log_content: Annotated[bool, typer.Option("--log-content", help="Log texts and answers as well.")] = False,
-    canaries: Annotated[
-        Path | None, typer.Option(help="Rows with right answers; else the run's own test rows.")
-    ] = None,
+    canaries: Annotated[Path | None, typer.Option(help="Rows with right answers; else the run's test rows.")] = None,
     canary_every: Annotated[float, typer.Option(min=0.0, help="Minutes between two rounds; 0: at the start.")] = 10.0,
     no_canaries: Annotated[bool, typer.Option("--no-canaries", help="Ask none.")] = False,
     as_json: Json = False,
