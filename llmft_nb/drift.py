@@ -126,7 +126,7 @@ def compare_tallies(
             both = profile.tally.shares[one.feature], window.shares[one.feature]
             names_of_both = sorted(both[0] | both[1])
             pair = [np.array([counts[name] for name in names_of_both]) for counts in both]
-        distance, chance, p_value = by_chance(*pair, one.feature in FEATURES, n_draws)
+        distance, chance, p_value = by_chance(pair[0], pair[1], one.feature in FEATURES, n_draws)
         found[i] = Drift(**vars(one) | {"distance": distance, "chance": chance, "p_value": p_value})
         tested.append(i)
     for i, p_holm in zip(tested, holm([found[i].p_value or 0.0 for i in tested]), strict=True):

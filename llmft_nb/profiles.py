@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES', 'N_PROFILED', 'N_SEEN', 'PROFILE', 'PROFILE_VERSION', 'bin_ends', 'bin_of', 'text_facts', 'answer_facts',
            'Tally', 'quantile', 'Profile', 'drawn_texts', 'line_facts', 'make_profile', 'save_profile', 'read_profile',
-           'keep_profile']
+           'keep_profile', 'short_fingerprint']
 
 # %% ../nbs/09ah_profiles.ipynb #09a80004
 import base64
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import UserError, write_atomic
+from .core import UserError, sha256_json, write_atomic
 from .rows import Rows, row_text
 
 # %% ../nbs/09ah_profiles.ipynb #09a80008
@@ -244,3 +244,11 @@ def keep_profile(
     "Write what a run is to remember, where its task has questions."
     if task in {"classify", "tag", "instruct"}:
         save_profile(folder, make_profile(task, splits.train, [splits.valid, splits.test], lines, tokenizer))
+
+# %% ../nbs/09ah_profiles.ipynb #09a80023
+def short_fingerprint(
+    sha256: str,  # Of each file of weights, joined by "+"; "" where none is known
+) -> str:  # 16 digits, or ""
+    "What tells a model from another in a line of a log."
+    whole = sha256_json(sha256.split("+")) if "+" in sha256 else sha256
+    return whole[:16]
