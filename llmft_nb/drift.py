@@ -229,7 +229,7 @@ def read_logs(
         if not path.is_file():
             mend = "name files that `llmft serve --access-log` wrote"
             raise UserError("no such log" if not path.exists() else "not a file", where=f"log {path}", mend=mend)
-        n_before, n_broken = read.n_lines - read.n_broken, read.n_broken
+        n_before, n_broken, first = read.n_lines - read.n_broken, read.n_broken, ""
         for number, line in enumerate(raw_lines(path), 1):
             read.n_lines += 1
             try:
@@ -238,12 +238,13 @@ def read_logs(
                 note_line(read, parse_line(line), task, fingerprint, since)
             except ValueError as error:
                 read.n_broken += 1
+                why = "not JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else error
+                first = first or f"{path.name}:{number}: {why}"
                 if len(read.broken) < 5:
-                    why = "not JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else error
                     read.broken.append(f"{path.name}:{number}: {why}")
         if read.n_broken > n_broken and read.n_lines - read.n_broken == n_before:
             mend = "name files that `llmft serve --access-log` wrote"
-            raise UserError("not an access log: no line of it is one", where=read.broken[-1], mend=mend)
+            raise UserError("not an access log: no line of it is one", where=f"log {path}", why=first, mend=mend)
     return read
 
 

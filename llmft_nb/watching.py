@@ -162,15 +162,11 @@ def monitor(
         drifted = [one.feature for one in found if one.verdict == "drift"]
         if as_json:
             lines = {name: value for name, value in vars(read).items() if name != "tally"}
-            told: dict[str, Any] = {
-                "run": against.name,
-                "task": profile.task,
-                "fingerprint": fingerprint,
-                "lines": lines,
-            }
+            told: dict[str, Any] = {"run": against.name, "task": profile.task, "fingerprint": fingerprint}
             told["since"] = datetime.fromtimestamp(since, UTC).isoformat() if window else None
-            told |= {"least_effect": least_effect, "alpha": ALPHA, "features": [asdict(one) for one in found]}
-            print(json.dumps(finite(told | {"drift": drifted}), ensure_ascii=False))
+            told |= {"lines": lines, "least_effect": least_effect, "alpha": ALPHA, "drift": drifted}
+            told["features"] = [asdict(one) for one in found]
+            print(json.dumps(finite(told), ensure_ascii=False))
         else:
             show_table([drift_cells(one) for one in found], as_json=False)
             for words in [*log_words(read), f"drift: {', '.join(drifted)}" if drifted else "no drift shown"]:
