@@ -259,6 +259,13 @@ def test_lines_are_written_whole_by_several_at_once(tmp_path: Path) -> None:
     file.close()
     kept = sorted(tmp_path.glob("small*"))
     assert len(kept) == 1 + access_log.N_KEPT and all(one.stat().st_size <= 100 for one in kept)
+    assert {stat.S_IMODE(one.stat().st_mode) for one in kept} == {0o600}
+    file = LogFile(tmp_path / "rotated")
+    for k in range(3):
+        file.write(b"%d" % k)
+        (tmp_path / "rotated").rename(tmp_path / f"rotated.{k}")
+    file.close()
+    assert [(tmp_path / f"rotated.{k}").read_bytes() for k in range(3)] == [b"0\n", b"1\n", b"2\n"]
 
 
 def test_nobody_waits_for_a_slow_disk(labeller: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
