@@ -340,8 +340,8 @@ def test_canaries_of_one_s_own(labeller: Path, writer: Path, tmp_path: Path) -> 
     status, _, told = llmft("serve", labeller, "--port", 0, "--canaries", file)
     assert status == 2 and "mine.jsonl:1" in told
     answer = json.loads((writer / "test_predictions.jsonl").read_text().splitlines()[0])["completion"]
-    middle = " ".join(answer.split()[1:3])
-    for completion, n_failed in ((middle.upper(), 0), (middle[:-1] + "xq", 1), ("zebra", 1)):
+    middle, part = " ".join(answer.split()[1:3]), max(answer.split(), key=len)[1:]  # Part of a word is no word
+    for completion, n_failed in ((middle.upper(), 0), (part, 1), ("zebra", 1)):
         file.write_text(json.dumps({"prompt": "May I take both?", "completion": completion}) + "\n")
         with asked_here(writer) as (serving, _):
             assert len(Canaries(serving, read_canaries(file)).round()) == n_failed, completion
