@@ -432,7 +432,7 @@ def test_a_model_that_hangs_is_not_waited_for(writer: Path, monkeypatch: pytest.
     monkeypatch.setattr(canaries, "PATIENCE_S", 0.2)
     with asked_here(writer) as (serving, _):
         step, free = serving.main.worker.engine.step, threading.Event()
-        monkeypatch.setattr(serving.main.worker.engine, "step", lambda joining: (free.wait(10), step(joining)))
+        monkeypatch.setattr(serving.main.worker.engine, "step", lambda joining: (free.wait(1), step(joining)))
         with pytest.raises(CanaryFailed, match="no answer in time"), asked_often(serving):
             pass
         free.set()
