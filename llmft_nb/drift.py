@@ -53,11 +53,11 @@ def by_chance(
     step = 1 + int(pooled.sum() // 10**9)  # Beyond it numpy does not draw
     reference, window = (counts[pooled > 0] // step for counts in (reference, window))
     pooled = reference + window
-    distance = float(distances(reference, window, ordered))
+    distance = round(float(distances(reference, window, ordered)), 9)
     generator = np.random.default_rng(stream_seed(seed, "drift"))
     drawn = generator.multivariate_hypergeometric(pooled, int(window.sum()), n_draws, method="marginals")
     found = distances(pooled - drawn, drawn, ordered)
-    p_value = (1 + int(np.sum(found >= distance - 1e-12))) / (n_draws + 1)
+    p_value = (1 + int(np.sum(found >= distance - 1e-8))) / (n_draws + 1)
     return distance, float(np.quantile(found, 0.95)), p_value
 
 # %% ../nbs/09bj_drift.ipynb #09b1d011

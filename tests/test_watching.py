@@ -511,7 +511,7 @@ def test_distance_and_p_value_are_those_of_scipy() -> None:
             tally.add({"characters": int(value)})
     (found,) = compare_tallies(profile_of(tallies[0]), tallies[1], n_draws=9999)
     there = ks_2samp(first, second)
-    assert found.distance == pytest.approx(there.statistic, abs=1e-12)
+    assert found.distance == pytest.approx(there.statistic, abs=1e-8)
     assert there.pvalue / 3 < found.p_value < there.pvalue * 1.3  # Values repeat: the exact test is less shy
 
 
