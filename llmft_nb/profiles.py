@@ -155,16 +155,19 @@ def drawn_texts(
 
 
 def line_facts(
-    line: Mapping[str, Any],  # Of test_predictions.jsonl
+    line: Mapping[str, Any],  # Of test_predictions.jsonl: a row with columns of its own, and the answer
+    task: str,  # What was learnt
     tokenizer: Any,  # The model's
-) -> dict[str, Any]:  # As `answer_facts`; of a written answer "written" and "finish"
+) -> dict[str, Any]:  # As `answer_facts`; of a written answer "written" and "finish", {} where none was written
     "What may be kept of an answer to a test row."
-    if isinstance(line.get("completion"), str):
-        n_tokens = text_facts([line["completion"]], tokenizer)[0]["tokens"]
-        is_whole = bool(line.get("finished"))
-        return {"written": n_tokens + is_whole, "finish": "stop" if is_whole else "length"}  # With the end token
-    kept = {name: line[name] for name in ("probabilities", "spans") if name in line}
-    return answer_facts({"label": line.get("predicted")} | kept)
+    if task == "tag":
+        return answer_facts({"spans": line.get("spans", [])})
+    if task == "classify":
+        return answer_facts({"label": line["predicted"], "probabilities": line["probabilities"]})
+    if not isinstance(line.get("completion"), str):
+        return {}
+    n_tokens, is_whole = text_facts([line["completion"]], tokenizer)[0]["tokens"], bool(line.get("finished"))
+    return {"written": n_tokens + is_whole, "finish": "stop" if is_whole else "length"}  # With the end token
 
 # %% ../nbs/09ah_profiles.ipynb #09a80017
 def make_profile(
@@ -188,7 +191,7 @@ def make_profile(
             for facts in text_facts(texts, tokenizer, profile.seen):
                 profile.tally.add({"unseen": facts["unseen"]})
     for line in lines:
-        profile.tally.add(line_facts(line, tokenizer))
+        profile.tally.add(line_facts(line, task, tokenizer))
     of = {"characters": "train", "tokens": "train", "unseen": "valid and test"}
     profile.of = {name: of.get(name, "test") for name in (*profile.tally.numbers, *profile.tally.shares)}
     return profile

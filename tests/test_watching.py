@@ -34,7 +34,7 @@ from llmft_nb.core import read_record, write_record
 from llmft_nb.drift import compare_tallies, parse_line, read_logs
 from llmft_nb.gate import Doors
 from llmft_nb.predict import Predictor, load_predictor
-from llmft_nb.profiles import Profile, Tally, bin_ends, bin_of, read_profile, short_fingerprint
+from llmft_nb.profiles import Profile, Tally, bin_ends, bin_of, line_facts, read_profile, short_fingerprint
 from llmft_nb.server import make_app
 from llmft_nb.serving import ServedModel, Serving
 from llmft_nb.wire import WriteRequest
@@ -513,6 +513,18 @@ def test_distance_and_p_value_are_those_of_scipy() -> None:
     there = ks_2samp(first, second)
     assert found.distance == pytest.approx(there.statistic, abs=1e-8)
     assert there.pvalue / 3 < found.p_value < there.pvalue * 1.3  # Values repeat: the exact test is less shy
+
+
+def test_columns_of_rows_are_not_taken_for_answers() -> None:
+    "The house pharmacy's rows have spans of their own, and are labelled."
+    row = {"text": "a", "label": "no", "spans": [{"label": "drug"}], "completion": "b", "labels": 3, "finished": True}
+    answer = {"predicted": "yes", "probabilities": {"no": 0.2, "yes": 0.8}}
+    assert line_facts(row | answer, "classify", None) == {"label": "yes", "confidence": 0.8, "margin": 0.6}
+    rated = row | {"spans": [{"label": "drug", "score": 0.7}, {"label": "drug", "score": 0.6}], "probabilities": {}}
+    assert line_facts(rated, "tag", None) == {"spans": 2, "labels": {"drug": 2}, "confidence": 0.6}
+    assert line_facts(row | {"completion": None}, "instruct", None) == {}
+    canary = canaries.own_canary(row | answer, "here", "classify")
+    assert canary is not None and (canary.asked, canary.expected) == ({"text": "a"}, "yes")
 
 
 def test_bins_hold_what_they_say() -> None:
