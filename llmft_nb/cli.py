@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import deploying  # noqa: F401 - its commands join the others
+from . import deploying, watching  # noqa: F401 - their commands join the others
 from .commands import Debug, Json, Level, app
 from .core import UserError
 from .shell import is_model, show_answer, show_checks, show_comparison, show_demo, show_harness

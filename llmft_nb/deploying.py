@@ -8,6 +8,7 @@ __all__ = ['export', 'serve']
 # %% ../nbs/10cb_deploying.ipynb #10cb0004
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 from .commands import Debug, Json, Level, app
 from .core import UserError
 from .shell import show_export
-from .typed import LogLevel, exit_statuses, parse_columns
+from .typed import LogLevel, exit_statuses, parse_columns, show_error
 
 # %% ../nbs/10cb_deploying.ipynb #10d0e00c
 @app.command()
@@ -57,6 +58,12 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A name by which clients call this machine.")] = None,
     slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers written at once.")] = 16,
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that may wait; others hear 429.")] = 64,
+    access_log: Annotated[Path | None, typer.Option(help="A JSON line for each question, without texts.")] = None,
+    access_log_mb: Annotated[float, typer.Option(min=0.0, help="From which a new file is begun; 0: never.")] = 64.0,
+    log_content: Annotated[bool, typer.Option("--log-content", help="Log texts and answers as well.")] = False,
+    canaries: Annotated[Path | None, typer.Option(help="Rows with right answers; else the run's test rows.")] = None,
+    canary_every: Annotated[float, typer.Option(min=0.0, help="Minutes between two rounds; 0: at the start.")] = 10.0,
+    no_canaries: Annotated[bool, typer.Option("--no-canaries", help="Ask none.")] = False,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
@@ -69,16 +76,22 @@ def serve(
         if key is None and not is_loopback(host):
             what, why = "no key, where others can ask", "whoever reaches this address could use the model"
             raise UserError(what, where=f"--host {host}", why=why, mend="name one: --api-key-file FILE")
+        if log_content and access_log is None:
+            raise UserError("texts are logged nowhere", where="--log-content", mend="name a file: --access-log FILE")
         from llmft_nb.export import load_exported
 
         taken = bind(host, port)
-        predictor = load_exported(run, by_hash=True)
         try:
+            from llmft_nb.access_log import AccessLog
+            from llmft_nb.canaries import CanaryFailed, asked_often, read_canaries
             from llmft_nb.server import serve as serve_until_told
             from llmft_nb.serving import ServedModel, Serving, model_name
         except ModuleNotFoundError as error:
             mend = 'pip install "llmft_nb[serve]"'
             raise UserError("the server is not installed", where=str(error.name), mend=mend) from None
+        log = AccessLog(access_log, content=log_content, most_mb=access_log_mb) if access_log is not None else None
+        asked = None if no_canaries else read_canaries(canaries)
+        predictor = load_exported(run, by_hash=True)
         model = ServedModel(predictor, model_name(name, run), n_slots=slots, n_waiting=queue)
         shown = f"[{host}]" if ":" in host else host
         ready = {"address": f"http://{shown}:{taken.getsockname()[1]}", "model": model.name, "task": predictor.task}
@@ -89,4 +102,15 @@ def serve(
             if predictor.notice and not as_json:
                 print(predictor.notice, file=sys.stderr)
 
-        serve_until_told(Serving([model]), Doors(key, allow_host or ()), taken, tell)
+        serving = Serving([model], log=log)
+        often = nullcontext() if no_canaries else asked_often(serving, asked, 60 * canary_every, log_content)
+        try:
+            with often:
+                serve_until_told(serving, Doors(key, allow_host or ()), taken, tell)
+        except CanaryFailed as failed:
+            show_error(failed.error, as_json)
+            raise typer.Exit(1) from None
+        finally:
+            serving.stop()
+            if log is not None:
+                log.close()

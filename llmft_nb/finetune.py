@@ -33,6 +33,7 @@ from .plan_check import Meter, check_plan, plan_run
 from .planning import Plan, chose_micro_batch, refuse_plan
 from .preflight import FINDINGS, check_model_weights, preflight, stop_at, tell_preflight
 from .predict import Predictor, load_predictor
+from .profiles import keep_profile
 from .rejects import Rejects, rejects_of
 from .report import write_report
 from .rows import read_rows
@@ -342,7 +343,9 @@ def carry_out(
     clock.start("8 forgetting")
     scores["forgetting"] = forgetting_record(model, general)
     clock.start("9 save")
-    save_answers(folder, task.prediction_lines(splits.test, answers, before))
+    lines = task.prediction_lines(splits.test, answers, before)
+    save_answers(folder, lines)
+    keep_profile(folder, task.name, splits, lines, model.tokenizer)
     record.lineage.update(model_sha256=save_model(model, folder))
     clock.start("")
     kept = "; ".join(words for words in result.trunk if words)

@@ -27,7 +27,7 @@ from .report import public_name, validation_words
 
 # %% ../nbs/09_runs.ipynb #b275e9f5
 OWN_NAMES = {"run.json", "metrics.jsonl", "timings.jsonl", "checkpoints", "model", "report.html", "README.md"}
-OWN_NAMES |= {"rejects.jsonl"}
+OWN_NAMES |= {"rejects.jsonl", "profile.json"}
 
 # %% ../nbs/09_runs.ipynb #f65ef0b7
 def prepare_folder(

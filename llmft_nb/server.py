@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
+from .access_log import Logged
 from .connections import TimedProtocol
 from .gate import Doors, Gate, Gone
 from .serving import Serving, answer_rows, write_answer
@@ -54,11 +55,12 @@ def make_app(
     "The routes, behind the gate."
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     tell_errors(app)
-    gate = Gate(app, doors, serving.numbers.note)
+    gate = Gate(Logged(app, serving.log), doors, serving.numbers.note)
 
     @app.get("/health")
     async def health() -> Response:
         state = "draining" if gate.draining else "ok" if serving.alive else "failed"
+        state = "canary_failed" if state == "ok" and serving.canaries_failed else state
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     @app.get("/metrics")

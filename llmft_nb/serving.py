@@ -18,6 +18,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from .access_log import AccessLog, entry_of
 from .core import UserError
 from .forms import Form, Listener, Post, Stream, count_tokens, event
 from .gate import Bodies, receive_body
@@ -77,9 +78,12 @@ class Serving:
         self,
         models: Sequence[ServedModel],  # The first answers where a client names none
         body_bytes: int = 2**20,  # Most of a request
+        log: AccessLog | None = None,  # Where each question has its line; None: nowhere
     ) -> None:
-        self.models, self.body_bytes = list(models), body_bytes
-        self.numbers, self.bodies = Numbers(self.counts), Bodies()
+        self.models, self.body_bytes, self.log = list(models), body_bytes, log
+        self.numbers, self.bodies, self.canaries_failed = Numbers(self.counts), Bodies(), False
+        if log is not None:
+            self.numbers.registry.register(log.lost)
         self._threads = ThreadPoolExecutor(1, "requests")  # One, since a tokenizer is not for several
 
     @property
@@ -128,6 +132,13 @@ class Serving:
                 return parse(self.find(values.get("model")), values)
 
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def on_thread(
+        self,
+        work: Callable[[], Any],  # Uses a tokenizer
+    ) -> Any:  # What came of it
+        "Do something on the thread that tokenizers are for, and wait for it."
+        return self._threads.submit(work).result()
 
     def stop(self) -> None:
         "End every model's thread."
@@ -181,17 +192,19 @@ async def write_answer(
     chat: bool,  # Which
 ) -> Response:  # Whole, or a stream
     "Write an answer."
+    entry = entry_of(request)
 
     def parse(model: ServedModel, values: dict[str, Any]) -> tuple[ServedModel, WriteRequest, Question, Listener]:
         if model.asker is None:
             raise BadRequest("this model does not write", code="wrong_task")
         asked, listener = read_write(values, chat), Listener(model.post)
-        return model, asked, model.asker.question(asked, listener.tell), listener
+        return model, asked, model.asker.question(asked, entry.hearing(listener.tell)), listener
 
     model, asked, question, listener = await serving.read(request, parse)
+    entry.take(model, asked.said, question)
     model.worker.put(question)
     serving.numbers.tokens.labels("read").inc(len(question.prompt_ids))
-    name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+    name = entry.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
     form = Form(chat, model.name, model.predictor.notice, name, int(time.time()))
 
     def at_end() -> None:
@@ -215,6 +228,7 @@ async def answer_rows(
     task: str,  # Which
 ) -> Response:  # An answer for each text
     "Label or tag texts."
+    entry = entry_of(request)
 
     def parse(model: ServedModel, values: dict[str, Any]) -> tuple[ServedModel, Rows, Listener]:
         if model.predictor.task != task:
@@ -223,6 +237,7 @@ async def answer_rows(
         return model, Rows(read_rows_asked(values, task), listener.tell), listener
 
     model, rows, listener = await serving.read(request, parse)
+    entry.take(model, rows.texts)
     model.worker.put(rows)
     try:
         answers = await listener.hear(request)
@@ -230,5 +245,6 @@ async def answer_rows(
         rows.gone = True
     if answers is None:
         raise BadRequest("the model failed", code="model_failed", status=500)
+    entry.answers = answers
     data = [{"index": k, **answer} for k, answer in enumerate(answers)]
     return JSONResponse({"object": "list", "model": model.name, "data": data, "metadata": model.metadata})

@@ -502,7 +502,7 @@ def test_train_json(usual: list[str], at_home: Path) -> None:
     assert told["scores"]["test"]["accuracy"]["n"] == 24
     assert {path.name for path in (at_home / "runs" / "001").iterdir()} == {
         *("run.json", "metrics.jsonl", "timings.jsonl", "report.html", "README.md", "checkpoints", "model"),
-        "test_predictions.jsonl",
+        *("profile.json", "test_predictions.jsonl"),
     }
 
 
