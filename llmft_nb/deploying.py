@@ -57,6 +57,7 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A name by which clients call this machine.")] = None,
     slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers written at once.")] = 16,
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that may wait; others hear 429.")] = 64,
+    base: Annotated[bool, typer.Option("--base", help="Serve the untuned base beside it; twice the memory.")] = False,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
@@ -70,16 +71,22 @@ def serve(
             what, why = "no key, where others can ask", "whoever reaches this address could use the model"
             raise UserError(what, where=f"--host {host}", why=why, mend="name one: --api-key-file FILE")
         from llmft_nb.predict import load_predictor
+        from llmft_nb.untuned import find_untuned, load_untuned, untuned_name
 
-        taken = bind(host, port)
-        predictor = load_predictor(run)
+        untuned = find_untuned(run) if base else None
+        taken, predictor = bind(host, port), load_predictor(run)
         try:
             from llmft_nb.server import serve as serve_until_told
             from llmft_nb.serving import ServedModel, Serving, model_name
+            from llmft_nb.worker import Turns
         except ModuleNotFoundError as error:
             mend = 'pip install "llmft_nb[serve]"'
             raise UserError("the server is not installed", where=str(error.name), mend=mend) from None
-        model = ServedModel(predictor, model_name(name, run), n_slots=slots, n_waiting=queue)
+        options: dict[str, Any] = {"n_slots": slots, "n_waiting": queue, "turns": Turns()}
+        models = [model := ServedModel(predictor, model_name(name, run), **options)]
+        if untuned is not None:
+            other = load_untuned(untuned, predictor)
+            models.append(ServedModel(other, untuned_name(model.name), base_of=model.name, **options))
         shown = f"[{host}]" if ":" in host else host
         ready = {"address": f"http://{shown}:{taken.getsockname()[1]}", "model": model.name, "task": predictor.task}
 
@@ -89,4 +96,4 @@ def serve(
             if predictor.notice and not as_json:
                 print(predictor.notice, file=sys.stderr)
 
-        serve_until_told(Serving([model]), Doors(key, allow_host or ()), taken, tell)
+        serve_until_told(Serving(models), Doors(key, allow_host or ()), taken, tell)

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
+from .chat_page import PAGE_POLICIES, add_page
 from .connections import TimedProtocol
 from .gate import Doors, Gate, Gone
 from .serving import Serving, answer_rows, write_answer
@@ -54,7 +55,8 @@ def make_app(
     "The routes, behind the gate."
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     tell_errors(app)
-    gate = Gate(app, doors, serving.numbers.note)
+    gate = Gate(app, doors, serving.numbers.note, PAGE_POLICIES)
+    add_page(app)
 
     @app.get("/health")
     async def health() -> Response:

@@ -39,8 +39,9 @@ class ServedModel:
         n_slots: int = 16,  # Answers written at once
         n_waiting: int = 64,  # Questions that may wait
         turns: Turns | None = None,  # Shared by models on one device; None: it has the device for itself
+        base_of: str | None = None,  # Name of the model that was tuned from this one; None: from no other here
     ) -> None:
-        self.predictor, self.name, self.created = predictor, name, int(time.time())
+        self.predictor, self.name, self.created, self.base_of = predictor, name, int(time.time()), base_of
         self.asker = Asker(predictor) if predictor.model.kind == "CausalLM" else None
         self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns)
         self.metadata = {"notice": predictor.notice} if predictor.notice else {}
@@ -48,6 +49,7 @@ class ServedModel:
     def describe(self) -> dict[str, Any]:  # As OpenAI's clients read it
         "What is served."
         found = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llmft_nb"}
+        found |= {"base_of": self.base_of} if self.base_of is not None else {}
         return found | {"task": self.predictor.task, "metadata": self.metadata}
 
 
