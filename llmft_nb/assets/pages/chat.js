@@ -4,7 +4,7 @@
 
 const TASKS = {
   instruct: {
-    kind: "conversation", label: "Your question", send: "Send", anew: "New conversation",
+    kind: "conversation", label: "Your question", send: "Send", anew: "New",
     nothing: "Ask something. The answer appears here while it is written.",
   },
   text: {
@@ -37,10 +37,15 @@ const at = (id) => document.getElementById(id);
 
 // Characters that hide or turn the text around them are shown by their number; emoji keep their joiners.
 const HIDDEN =
-  /[\u00ad\u061c\u180e\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0001}\u{e0020}-\u{e007f}\p{Cs}\p{Co}]|(?![\n\t])\p{Cc}/gu;
+  /[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0001}\u{e0020}-\u{e007f}\p{Cs}\p{Co}]|(?![\n\t])\p{Cc}/gu;
 
 function visible(text) {
   return String(text).replace(HIDDEN, (one) => `⟨U+${one.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}
+
+// The server refuses NULs and halves of emoji; each becomes one character, so that places stay what they are.
+function sendable(text) {
+  return text.replace(/\0|\p{Cs}/gu, "\ufffd");
 }
 
 function make(name, className = "", text = "") {
@@ -133,7 +138,7 @@ function writingBody(model, text) {
   if (model.task === "text") return { ...body, prompt: text };
   const messages = page.turns.flatMap((turn) => [
     { role: "user", content: turn.question },
-    { role: "assistant", content: turn.answer },
+    { role: "assistant", content: sendable(turn.answer) },
   ]);
   return { ...body, messages: [...messages, { role: "user", content: text }] };
 }
@@ -145,9 +150,8 @@ async function askWriter(model, text, shown, answer, signal) {
     const choice = event.choices[0];
     const piece = (choice.delta ? choice.delta.content : choice.text) || "";
     answer.text += piece;
-    place.appendData(visible(piece));
+    follow(() => place.appendData(visible(piece)));
     if (choice.finish_reason === "length") shown.note.textContent = "Cut off: as many tokens as are allowed.";
-    follow();
   }
   if (!answer.text.trim()) shown.note.textContent = "The model ended without a word.";
 }
@@ -155,7 +159,7 @@ async function askWriter(model, text, shown, answer, signal) {
 async function askReader(model, text, shown, answer, signal) {
   const path = model.task === "tag" ? "v1/tag" : "v1/classify";
   const found = (await (await post(path, { model: model.id, input: text }, signal)).json()).data[0];
-  answer.text = model.task === "tag" ? showTags(found, text, shown) : showChances(found, shown);
+  follow(() => (answer.text = model.task === "tag" ? showTags(found, text, shown) : showChances(found, shown)));
 }
 
 // Ask one model; it never throws: what went wrong is in the answer.
@@ -184,8 +188,7 @@ async function ask(text) {
   const answers = await Promise.all(models.map((one, k) => askModel(one, text, shown.answers[k], page.asking.signal)));
   page.asking = null;
   showBusy(false);
-  end(text, models, answers, shown);
-  follow();
+  follow(() => end(text, models, answers, shown));
 }
 
 // What comes of a question: it counts as a turn of the conversation once the tuned model has said something.
@@ -264,10 +267,10 @@ function chanceRow(label, chance, isChosen) {
   return row;
 }
 
-function chanceTable(rows, chosen, caption) {
+function chanceTable(rows, chosen, name) {
   const table = make("table", "chances");
-  table.append(make("caption", "unseen", caption), make("tbody"));
-  table.tBodies[0].append(...rows.map(([label, chance]) => chanceRow(label, chance, chosen.includes(label))));
+  table.setAttribute("aria-label", name);
+  table.createTBody().append(...rows.map(([label, chance]) => chanceRow(label, chance, chosen.includes(label))));
   return table;
 }
 
@@ -293,7 +296,7 @@ function showTags(found, text, shown) {
   let place = 0;
   for (const { label, start, stop, score } of found.spans) {
     const mark = make("mark", `hue${labels.indexOf(label) % N_HUES}`, cut(start, stop));
-    mark.append(" ", make("b", "", visible(label)));
+    mark.append("\u00a0", make("b", "", visible(label))); // A label stays on the line of its last word
     marked.append(cut(place, start), mark);
     list.append(make("li", "", `${visible(label)}: ${cut(start, stop)} (${percent(score)})`));
     place = stop;
@@ -304,10 +307,11 @@ function showTags(found, text, shown) {
   return [...list.children].map((one) => one.textContent).join("; ") || "nothing found";
 }
 
-// Keep the end in sight, unless somebody reads further up.
-function follow() {
-  const talk = at("talk");
-  if (talk.scrollHeight - talk.scrollTop - talk.clientHeight < 120) talk.scrollTop = talk.scrollHeight;
+// Change what is shown, and keep the end in sight unless somebody reads further up.
+function follow(change) {
+  const talk = at("talk"), isAtEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 60;
+  change();
+  if (isAtEnd) talk.scrollTop = talk.scrollHeight;
 }
 
 function showBusy(isBusy) {
@@ -330,7 +334,7 @@ function showModel() {
   at("notice").hidden = !notice;
   at("label").textContent = words.label;
   at("send").textContent = words.send;
-  at("anew").textContent = words.anew;
+  at("anew").replaceChildren(words.anew, make("span", "long", words.anew === "New" ? " conversation" : ""));
   at("nothing").textContent = words.nothing;
   at("settings").hidden = !writes;
   at("beside").hidden = !base;
@@ -375,7 +379,7 @@ function enter(event) {
 
 function submit(event) {
   event.preventDefault();
-  const text = at("box").value, fields = [at("temperature"), at("most")];
+  const text = sendable(at("box").value), fields = [at("temperature"), at("most")];
   if (page.asking || !text.trim()) return;
   if (!fields.every((one) => one.validity.valid)) {
     at("settings").open = true;
