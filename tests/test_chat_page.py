@@ -451,7 +451,7 @@ def test_long_texts_do_not_widen_it(browser: Browser) -> None:
 
 
 def test_an_answer_is_followed_unless_somebody_reads_further_up(browser: Browser) -> None:
-    model = FakeModel(says=["line\n" * 80, "end"])
+    model = FakeModel(notice=NOTICE, says=["line\n" * 80, "end"])
     with served_here(model) as (address, _):
         ready(browser, address)
         ask(browser, "May I?")
@@ -465,6 +465,13 @@ def test_an_answer_is_followed_unless_somebody_reads_further_up(browser: Browser
         model.go_on.set()
         finished(browser)
         assert browser.run("at('talk').scrollTop") == 0
+        low = {"width": 640, "height": 300, "deviceScaleFactor": 1, "mobile": True}
+        browser.call("Emulation.setDeviceMetricsOverride", **low)
+        ask(browser, "In a low window?")
+        notice = "at('notice').getBoundingClientRect().top"
+        assert browser.run("innerHeight + scrollY - document.documentElement.scrollHeight") > -2
+        assert browser.run(WIDER) == [] and browser.run(notice) == 0
+    browser.look(1280)
 
 
 # --- strangers' texts (S3; one after another in `make torture`) ---

@@ -251,7 +251,7 @@ function showExchange(text, models) {
   exchange.append(...(isContinued ? [answers] : [asked, answers]));
   at("nothing").hidden = true;
   at("talk").append(exchange);
-  at("talk").scrollTop = at("talk").scrollHeight;
+  scroller().scrollTop = scroller().scrollHeight;
   return { exchange, answers: parts };
 }
 
@@ -307,11 +307,16 @@ function showTags(found, text, shown) {
   return [...list.children].map((one) => one.textContent).join("; ") || "nothing found";
 }
 
+// In a low window all of the page scrolls, else the talk alone.
+function scroller() {
+  return getComputedStyle(at("talk")).overflowY === "auto" ? at("talk") : document.scrollingElement;
+}
+
 // Change what is shown, and keep the end in sight unless somebody reads further up.
 function follow(change) {
-  const talk = at("talk"), isAtEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 60;
+  const one = scroller(), isAtEnd = one.scrollHeight - one.scrollTop - one.clientHeight < 60;
   change();
-  if (isAtEnd) talk.scrollTop = talk.scrollHeight;
+  if (isAtEnd) one.scrollTop = one.scrollHeight;
 }
 
 function showBusy(isBusy) {
