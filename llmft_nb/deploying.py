@@ -64,6 +64,7 @@ def serve(
     canaries: Annotated[Path | None, typer.Option(help="Rows with right answers; else the run's test rows.")] = None,
     canary_every: Annotated[float, typer.Option(min=0.0, help="Minutes between two rounds; 0: at the start.")] = 10.0,
     no_canaries: Annotated[bool, typer.Option("--no-canaries", help="Ask none.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Serve the untuned base beside it; twice the memory.")] = False,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
@@ -79,20 +80,27 @@ def serve(
         if log_content and access_log is None:
             raise UserError("texts are logged nowhere", where="--log-content", mend="name a file: --access-log FILE")
         from llmft_nb.export import load_exported
+        from llmft_nb.untuned import find_untuned, load_untuned, untuned_name
 
+        untuned = find_untuned(run) if base else None
         taken = bind(host, port)
         try:
             from llmft_nb.access_log import AccessLog
             from llmft_nb.canaries import CanaryFailed, asked_often, read_canaries
             from llmft_nb.server import serve as serve_until_told
             from llmft_nb.serving import ServedModel, Serving, model_name
+            from llmft_nb.worker import Turns
         except ModuleNotFoundError as error:
             mend = 'pip install "llmft_nb[serve]"'
             raise UserError("the server is not installed", where=str(error.name), mend=mend) from None
         log = AccessLog(access_log, content=log_content, most_mb=access_log_mb) if access_log is not None else None
         asked = None if no_canaries else read_canaries(canaries)
         predictor = load_exported(run, by_hash=True)
-        model = ServedModel(predictor, model_name(name, run), n_slots=slots, n_waiting=queue)
+        options: dict[str, Any] = {"n_slots": slots, "n_waiting": queue, "turns": Turns()}
+        models = [model := ServedModel(predictor, model_name(name, run), **options)]
+        if untuned is not None:
+            other = load_untuned(untuned, predictor)
+            models.append(ServedModel(other, untuned_name(model.name), base_of=model.name, **options))
         shown = f"[{host}]" if ":" in host else host
         ready = {"address": f"http://{shown}:{taken.getsockname()[1]}", "model": model.name, "task": predictor.task}
 
@@ -102,7 +110,7 @@ def serve(
             if predictor.notice and not as_json:
                 print(predictor.notice, file=sys.stderr)
 
-        serving = Serving([model], log=log)
+        serving = Serving(models, log=log)
         often = nullcontext() if no_canaries else asked_often(serving, asked, 60 * canary_every, log_content)
         try:
             with often:

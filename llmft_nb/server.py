@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from .access_log import Logged
+from .chat_page import PAGE_POLICIES, add_page
 from .connections import TimedProtocol
 from .gate import Doors, Gate, Gone
 from .serving import Serving, answer_rows, write_answer
@@ -55,7 +56,8 @@ def make_app(
     "The routes, behind the gate."
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     tell_errors(app)
-    gate = Gate(Logged(app, serving.log), doors, serving.numbers.note)
+    gate = Gate(Logged(app, serving.log), doors, serving.numbers.note, PAGE_POLICIES)
+    add_page(app)
 
     @app.get("/health")
     async def health() -> Response:

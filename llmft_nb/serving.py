@@ -40,11 +40,12 @@ class ServedModel:
         n_slots: int = 16,  # Answers written at once
         n_waiting: int = 64,  # Questions that may wait
         turns: Turns | None = None,  # Shared by models on one device; None: it has the device for itself
+        base_of: str | None = None,  # Name of the model that was tuned from this one; None: from no other here
     ) -> None:
         if predictor.model.kind == "MaskedLM":
             what, why = "a model that fills gaps is not served", "no client's format has a question for it"
             raise UserError(what, where=name, why=why, mend="use llmft predict, or tune it to classify or tag")
-        self.predictor, self.name, self.created = predictor, name, int(time.time())
+        self.predictor, self.name, self.created, self.base_of = predictor, name, int(time.time()), base_of
         self.asker = Asker(predictor) if predictor.model.kind == "CausalLM" else None
         self.post = Post()
         self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns, send=self.post.send)
@@ -53,6 +54,7 @@ class ServedModel:
     def describe(self) -> dict[str, Any]:  # As OpenAI's clients read it
         "What is served."
         found = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llmft_nb"}
+        found |= {"base_of": self.base_of} if self.base_of is not None else {}
         return found | {"task": self.predictor.task, "metadata": self.metadata}
 
 

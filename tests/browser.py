@@ -101,16 +101,58 @@ class Browser:
         "What came of some kinds of events since the page was opened."
         return [event["params"] for event in self.events if event.get("method") in methods]
 
-    def open(self, page: Path, rest_s: float = 0.1) -> None:
-        "Load a file, and give what might be delayed some time."
+    def open(self, page: Path | str, rest_s: float = 0.1) -> None:
+        "Load a file or an address, and give what might be delayed some time."
         self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         until_s = time.monotonic() + 60
         while not self.seen("Page.loadEventFired"):
             assert time.monotonic() < until_s, f"{page} does not load"
             self.note(json.loads(self.socket.recv()))
         time.sleep(rest_s)
         self.run("0")
+
+    def until(self, script: str, seconds: float = 30) -> Any:
+        "Wait until a script's value is true, and give it."
+        until_s = time.monotonic() + seconds
+        while not (found := self.run(script)):
+            assert time.monotonic() < until_s, f"never: {script}; the page says {self.run('document.body.innerText')}"
+            time.sleep(0.02)
+        return found
+
+    def click(self, selector: str) -> None:
+        "Press the mouse in the middle of an element."
+        place = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{place}.scrollIntoView({{block: 'nearest'}})")
+        box = self.run(f"JSON.parse(JSON.stringify({place}.getBoundingClientRect()))")
+        assert box["width"], f"{selector} cannot be seen"
+        where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **where)
+
+    def type(self, text: str) -> None:
+        "Write where the focus is."
+        self.call("Input.insertText", text=text)
+
+    def press(self, key: str, shift: bool = False) -> None:
+        "Press a key: Enter, Escape, Tab, or a blank."
+        code = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32}[key]
+        text = {"Enter": "\r", " ": " "}.get(key)
+        given = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": code}
+        given |= {"modifiers": 8 if shift else 0}
+        down = given | ({"text": text} if text else {})
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **down)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **given)
+
+    def controls(self) -> list[tuple[str, str]]:
+        "Role and name of whatever can be used, as assistive technology has them."
+        nodes = [node for node in self.call("Accessibility.getFullAXTree")["nodes"] if not node.get("ignored")]
+        found = []
+        for node in nodes:
+            properties = {one["name"]: one["value"].get("value") for one in node.get("properties", [])}
+            if properties.get("focusable") and node["role"]["value"] != "RootWebArea":
+                found.append((node["role"]["value"], node.get("name", {}).get("value", "")))
+        return found
 
     def run(self, script: str) -> Any:
         "The value of a script in the page; the page's policy does not hold for it."

@@ -41,9 +41,19 @@ ROUTES = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/classify"),
     ("POST", "/v1/tag"),
-    ("GET", "/"),
+    ("HEAD", "/v1/models"),
     ("POST", "/health"),
+    ("POST", "/"),
+    ("DELETE", "/"),
+    ("OPTIONS", "/page.js"),
+    ("GET", "//"),
+    ("GET", "/page.js/"),
+    ("GET", "/page.html"),
     ("GET", "/nowhere"),
+]
+OPEN_ROUTES = [  # All that need no key: how the server is, and the page that asks for the key
+    ("GET", "/health"),
+    *((method, path) for path in ("/", "/page.css", "/page.js") for method in ("GET", "HEAD")),
 ]
 
 
@@ -81,7 +91,7 @@ class Served:
         text = answer.read().decode()
         line.close()
         is_json = answer.headers.get("content-type", "").startswith("application/json")
-        return answer.status, answer.headers, json.loads(text) if is_json else text
+        return answer.status, answer.headers, json.loads(text) if is_json and text else text
 
     def raw(self, data: bytes, ends: bool, timeout: float = 20) -> bytes:
         "Send bytes, say perhaps that there are no more, and hear all that comes until the connection is closed."
@@ -326,7 +336,8 @@ def check_crowd(served: Served, n_open: int, rate: float, seconds: float, health
 def check_keys(served: Served) -> str:
     "V5: every route with no key, a wrong one, the right one, another case, and in the query."
     wrong = []
-    for method, path in ROUTES:
+    for method, path in [*ROUTES, *OPEN_ROUTES]:
+        is_open = (method, path) in OPEN_ROUTES
         tries = {
             "none": (path, ""),
             "wrong": (path, f"Bearer {KEY[:-1]}"),
@@ -338,10 +349,11 @@ def check_keys(served: Served) -> str:
         }
         for name, (asked, header) in tries.items():
             status, _, _ = served.ask(method, asked, b"{}" if method == "POST" else None, Authorization=header)
-            if (status == 401) != (name != "right"):
+            if (status == 401) != (name != "right" and not is_open) or (is_open and status != 200):
                 wrong.append(f"{method} {path}, {name}: {status}")
-    if served.ask("GET", "/health", Authorization="")[0] != 200:
-        wrong.append("/health without a key")
+        for strange in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            if served.ask(method, path, **strange)[0] not in (400, 403):
+                wrong.append(f"{method} {path}, {strange}")
     return "; ".join(wrong)
 
 

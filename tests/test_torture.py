@@ -1,8 +1,8 @@
 """The short form of `make torture`: some cases of each figure, and the torture itself broken on purpose.
 
 What is not here is whole in other modules: R1 with its kills and R2 and R3 in `test_resume`, R9 in `test_guards`, D2
-in `test_cleaning`, S1 in `test_model_gate`, S3 in `test_browser`, V1 to V5 in `test_serving`. S4 is every test run:
-`surroundings` switches the network off.
+in `test_cleaning`, S1 in `test_model_gate`, S3 in `test_browser` and `test_chat_page`, V1 to V5 in `test_serving`.
+S4 is every test run: `surroundings` switches the network off.
 """
 
 from __future__ import annotations

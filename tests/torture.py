@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 if __name__ == "__main__":  # Before any of these libraries is loaded
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
+import chat_pages  # noqa: E402
 import pages  # noqa: E402
 import served  # noqa: E402
 import surroundings  # noqa: E402
@@ -83,7 +84,8 @@ def artefact(number: int, shared: Path, folder: Path) -> str:
 
 def payload(number: int, shared: Path, folder: Path) -> str:
     "S3: a stranger's text in every place of every page, in a browser."
-    return pages.check_payloads(pages.PAYLOADS[number : number + 1], folder)
+    texts = pages.PAYLOADS[number : number + 1]
+    return pages.check_payloads(texts, folder) or chat_pages.check_chat(texts, folder)
 
 
 def offline_suite(number: int, shared: Path, folder: Path) -> str:
