@@ -12,6 +12,7 @@ from typing import Any
 from browser import CHROMIUM, MISSING, Browser
 from pages import squeezed
 
+from llmft_nb.forms import Post
 from llmft_nb.gate import Doors, bind
 from llmft_nb.pages import visible
 from llmft_nb.server import DrainingServer, make_app
@@ -36,7 +37,7 @@ class FakeModel:
         self.name, self.predictor, self.base_of = name, SimpleNamespace(task=task, notice=notice), base_of
         self.metadata, self.says, self.found = {"notice": notice} if notice else {}, says, found
         self.asker = SimpleNamespace(question=self.question) if task in ("instruct", "text") else None
-        self.worker = self
+        self.worker, self.post = self, Post()
         self.alive, self.counts = True, (0, 0)
         self.asked: list[Any] = []  # What it was asked
         self.n_left = 0  # Questions whose client went away
@@ -50,7 +51,11 @@ class FakeModel:
         return found | ({"base_of": self.base_of} if self.base_of else {})
 
     def question(self, asked: Any, tell: Any) -> Any:
-        return SimpleNamespace(asked=asked, tell=tell, prompt_ids=[], ids=[], gone=False, n_likely=None)
+        def told(piece: Piece) -> None:
+            tell(piece)
+            self.post.send()
+
+        return SimpleNamespace(asked=asked, tell=told, prompt_ids=[], ids=[], gone=False, n_likely=None)
 
     def check_line(self) -> None:
         if self.fault is not None:
@@ -61,6 +66,7 @@ class FakeModel:
         self.asked.append(getattr(question, "asked", None) or question.texts)
         if self.asker is None:
             question.tell([self.found for _ in question.texts])
+            self.post.send()
         else:
             threading.Thread(target=self.answer, args=(question,), daemon=True).start()
 
