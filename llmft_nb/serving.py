@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ class ServedModel:
         n_slots: int = 16,  # Answers written at once
         n_waiting: int = 64,  # Questions that may wait
         turns: Turns | None = None,  # Shared by models on one device; None: it has the device for itself
+        run: Mapping[str, str] | None = None,  # What is known of the run it comes from, e.g. "run", "fingerprint"
     ) -> None:
         self.predictor, self.name, self.created = predictor, name, int(time.time())
+        self.run = dict(run or {})
         self.asker = Asker(predictor) if predictor.model.kind == "CausalLM" else None
         self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns)
         self.metadata = {"notice": predictor.notice} if predictor.notice else {}
@@ -48,7 +50,7 @@ class ServedModel:
     def describe(self) -> dict[str, Any]:  # As OpenAI's clients read it
         "What is served."
         found = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llmft_nb"}
-        return found | {"task": self.predictor.task, "metadata": self.metadata}
+        return found | {"task": self.predictor.task, "metadata": self.metadata | self.run}
 
 
 def model_name(
@@ -57,7 +59,8 @@ def model_name(
 ) -> str:  # 1 to 64 letters, digits, dots, dashes and underscores
     "What clients call the model."
     if name is None:
-        folder = run.resolve()
+        here = run.parent if run.name == "model" else run
+        folder = here.absolute() if here.is_symlink() else run.resolve()  # A link's name stays, whatever it leads to
         found = folder.parent.name if folder.name == "model" else folder.name
         return re.sub(r"[^A-Za-z0-9._-]", "-", found)[:64] or "model"
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
@@ -75,6 +78,7 @@ class Serving:
         body_bytes: int = 2**20,  # Most of a request
     ) -> None:
         self.models, self.body_bytes = list(models), body_bytes
+        self.leaving = list[ServedModel]()  # Replaced; they finish what they have begun
         self.numbers = Numbers(self.counts)
         self._threads = ThreadPoolExecutor(1, "requests")  # One, since a tokenizer is not for several
 
@@ -90,7 +94,7 @@ class Serving:
 
     def counts(self) -> tuple[int, int]:  # Answers being written, and questions that wait
         "How busy all models are."
-        counts = [model.worker.counts for model in self.models]
+        counts = [model.worker.counts for model in (*self.models, *self.leaving)]
         return sum(one[0] for one in counts), sum(one[1] for one in counts)
 
     def find(
@@ -116,11 +120,15 @@ class Serving:
         self.main.worker.check_line()
         body = await receive_body(request.headers, request.receive, self.body_bytes)
 
-        def work() -> Any:
+        def work() -> tuple[ServedModel, Any]:
             values = read_body(body)
-            return parse(self.find(values.get("model")), values)
+            model = self.find(values.get("model"))
+            return model, parse(model, values)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        while True:
+            model, made = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            if model in self.models:  # Else another took its place meanwhile, and has tokens of its own
+                return made
 
     def stop(self) -> None:
         "End every model's thread."
