@@ -49,7 +49,7 @@ def export(
 # %% ../nbs/10cb_deploying.ipynb #10d5e002
 @app.command()
 def serve(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, or a link to one, e.g. runs/served.")],
     host: Annotated[str, typer.Option(help="Address; any but this machine's own needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="Holds the key that clients must send.")] = None,
@@ -57,6 +57,7 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A name by which clients call this machine.")] = None,
     slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers written at once.")] = 16,
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that may wait; others hear 429.")] = 64,
+    follow: Annotated[bool | None, typer.Option(help="Go over when RUN leads to another; else if a link.")] = None,
     as_json: Json = False,
     log_level: Level = LogLevel.warning,
     debug: Debug = False,
@@ -69,24 +70,27 @@ def serve(
         if key is None and not is_loopback(host):
             what, why = "no key, where others can ask", "whoever reaches this address could use the model"
             raise UserError(what, where=f"--host {host}", why=why, mend="name one: --api-key-file FILE")
-        from llmft_nb.predict import load_predictor
-
         taken = bind(host, port)
-        predictor = load_predictor(run)
         try:
             from llmft_nb.server import serve as serve_until_told
-            from llmft_nb.serving import ServedModel, Serving, model_name
+            from llmft_nb.switching import follow_run
         except ModuleNotFoundError as error:
             mend = 'pip install "llmft_nb[serve]"'
             raise UserError("the server is not installed", where=str(error.name), mend=mend) from None
-        model = ServedModel(predictor, model_name(name, run), n_slots=slots, n_waiting=queue)
+        follower = follow_run(run, name, follow, n_slots=slots, n_waiting=queue)
+        ready, notice = follower.serving.main.describe(), follower.serving.main.predictor.notice
         shown = f"[{host}]" if ":" in host else host
-        ready = {"address": f"http://{shown}:{taken.getsockname()[1]}", "model": model.name, "task": predictor.task}
+        address = f"http://{shown}:{taken.getsockname()[1]}"
+        ready = {"address": address, "model": ready["id"], "task": ready["task"]}
 
         def tell() -> None:
-            words = f"{ready['model']} at {ready['address']} ({predictor.task})"
+            follower.start()
+            words = f"{ready['model']} at {ready['address']} ({ready['task']})"
             print(json.dumps(ready) if as_json else words, flush=True)
-            if predictor.notice and not as_json:
-                print(predictor.notice, file=sys.stderr)
+            if notice and not as_json:
+                print(notice, file=sys.stderr)
 
-        serve_until_told(Serving([model]), Doors(key, allow_host or ()), taken, tell)
+        try:
+            serve_until_told(follower.serving, Doors(key, allow_host or ()), taken, tell)
+        finally:
+            follower.stop()
