@@ -166,8 +166,8 @@ def weigh(
         return "not comparable", f"a record is not such as a run writes it ({type(error).__name__}: {error})"
     headline, n_rows = scored[0].headline, len(scored[0].table)
     gain = test.difference if STATISTICS[headline].higher_is_better else -test.difference
-    low, high = (score_difference(headline, end) for end in (test.low, test.high))
-    difference = f"{SCORE_NAMES[headline]} {score_difference(headline, test.difference)} [{low}, {high}]"
+    value, low, high = (score_difference(headline, one) for one in (test.difference, test.low, test.high))
+    difference = f"{SCORE_NAMES[headline]} {value} [{low.split()[0]}, {high.split()[0]}]"
     reason = f"{difference} of {n_rows:,} test rows beside {served.name}, {p_text(test.p_value)}"
     return verdict_of(gain, test.p_value), reason
 

@@ -11,6 +11,7 @@ import os
 import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -178,11 +179,13 @@ class Follower:
                 return
             self._failed = there
             self.failures.inc()
-            is_told = isinstance(error, UserError)
-            log.error("%s stays, %s is not served: %s", before, there, error, exc_info=None if is_told else error)
+            words = f"{error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+            log.error("%s stays, %s is not served: %s", before, there, words)  # No error, which would hold the model
 
     def _switch(self, there: Path) -> None:
         run = run_folder(there)
+        if not there.is_dir():
+            raise UserError("no run here", where=str(there), mend=f"have {self.path} lead to a finished run")
         if run is not None:
             check_servable(run)
         check_room(there)
