@@ -14,6 +14,7 @@ import json
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -255,8 +256,8 @@ class Canaries:
         content: bool = False,  # Whether the log may hold what was expected and what came
     ) -> None:
         self.serving, self.rows, self.content = serving, rows, content
-        self._model: ServedModel | None = None
-        self._canaries: list[Canary] = []
+        self._model: weakref.ref[ServedModel] | None = None  # A model that was replaced must be free to go
+        self._canaries, self._finding = list[Canary](), threading.Lock()
         self._stopped, self._thread = threading.Event(), threading.Thread(target=lambda: None)
         here: dict[str, Any] = {"registry": serving.numbers.registry}
         self.asked = Gauge("llmft_canaries", "Canaries there are.", **here)
@@ -269,13 +270,14 @@ class Canaries:
         model: ServedModel,  # Served now, or about to be
     ) -> list[Canary]:  # Of that model
         "What is asked."
-        if self._model is not model:
-            if self.rows is not None:
-                found = file_canaries(self.rows, model.predictor)
-            else:
-                found = self.serving.on_thread(lambda: own_canaries(model))
-            self._model, self._canaries = model, found
-        return self._canaries
+        with self._finding:
+            if self._model is None or self._model() is not model:
+                if self.rows is not None:
+                    self._canaries = file_canaries(self.rows, model.predictor)
+                else:
+                    self._canaries = self.serving.on_thread(lambda: own_canaries(model))
+                self._model = weakref.ref(model)
+            return self._canaries
 
     def check(
         self,

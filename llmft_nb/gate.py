@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Receive', 'Send', 'OPEN', 'POLICY', 'SAFE_HEADERS', 'read_key', 'is_loopback', 'bind', 'owner_of', 'host_name',
-           'Doors', 'Gone', 'receive_body', 'Bodies', 'send_error', 'Gate']
+           'Doors', 'open_doors', 'Gone', 'receive_body', 'Bodies', 'send_error', 'Gate']
 
 # %% ../nbs/09bd_gate.ipynb #d0ec7638
 import errno
@@ -144,6 +144,19 @@ class Doors:
         kind, _, key = header.partition(" ")
         given = hashlib.sha256(key.strip().encode("latin-1")).digest()
         return kind.lower() == "bearer" and hmac.compare_digest(given, self._digest or b"")
+
+# %% ../nbs/09bd_gate.ipynb #4e680c02
+def open_doors(
+    host: str,  # Address that is listened at
+    key_file: Path | None,  # Holds the key; None: there is none
+    names: Sequence[str] = (),  # By which this server may be called, beside localhost and numbers
+) -> Doors:  # Who may come in
+    "The doors of an address."
+    key = read_key(key_file) if key_file is not None else None
+    if key is None and not is_loopback(host):
+        what, why = "no key, where others can ask", "whoever reaches this address could use the model"
+        raise UserError(what, where=f"--host {host}", why=why, mend="name one: --api-key-file FILE")
+    return Doors(key, names)
 
 # %% ../nbs/09bd_gate.ipynb #29456df2
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,13 @@ class ServedModel:
         n_waiting: int = 64,  # Questions that may wait
         turns: Turns | None = None,  # Shared by models on one device; None: it has the device for itself
         base_of: str | None = None,  # Name of the model that was tuned from this one; None: from no other here
+        run: Mapping[str, str] | None = None,  # What is known of the run it comes from, e.g. "run", "fingerprint"
     ) -> None:
         if predictor.model.kind == "MaskedLM":
             what, why = "a model that fills gaps is not served", "no client's format has a question for it"
             raise UserError(what, where=name, why=why, mend="use llmft predict, or tune it to classify or tag")
         self.predictor, self.name, self.created, self.base_of = predictor, name, int(time.time()), base_of
+        self.run = dict(run or {})
         self.asker = Asker(predictor) if predictor.model.kind == "CausalLM" else None
         self.post = Post()
         self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns, send=self.post.send)
@@ -55,7 +57,7 @@ class ServedModel:
         "What is served."
         found = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llmft_nb"}
         found |= {"base_of": self.base_of} if self.base_of is not None else {}
-        return found | {"task": self.predictor.task, "metadata": self.metadata}
+        return found | {"task": self.predictor.task, "metadata": self.metadata | self.run}
 
 
 def model_name(
@@ -64,7 +66,8 @@ def model_name(
 ) -> str:  # 1 to 64 letters, digits, dots, dashes and underscores
     "What clients call the model."
     if name is None:
-        folder = run.resolve()
+        here = run.parent if run.name == "model" else run
+        folder = here.absolute() if here.is_symlink() else run.resolve()  # A link's name stays, whatever it leads to
         found = folder.parent.name if folder.name == "model" else folder.name
         return re.sub(r"[^A-Za-z0-9._-]", "-", found)[:64] or "model"
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
@@ -86,6 +89,7 @@ class Serving:
         self.numbers, self.bodies, self.canaries_failed = Numbers(self.counts), Bodies(), False
         if log is not None:
             self.numbers.registry.register(log.lost)
+        self.leaving = list[ServedModel]()  # Replaced; they finish what they have begun
         self._threads = ThreadPoolExecutor(1, "requests")  # One, since a tokenizer is not for several
 
     @property
@@ -100,7 +104,7 @@ class Serving:
 
     def counts(self) -> tuple[int, int]:  # Answers being written, and questions that wait
         "How busy all models are."
-        counts = [model.worker.counts for model in self.models]
+        counts = [model.worker.counts for model in (*self.models, *self.leaving)]
         return sum(one[0] for one in counts), sum(one[1] for one in counts)
 
     def find(
@@ -129,11 +133,15 @@ class Serving:
         with self.bodies.room() as hold:
             body = await receive_body(request.headers, request.receive, self.body_bytes, hold)
 
-            def work() -> Any:
+            def work() -> tuple[ServedModel, Any]:
                 values = read_body(body)
-                return parse(self.find(values.get("model")), values)
+                model = self.find(values.get("model"))
+                return model, parse(model, values)
 
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            while True:
+                model, made = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+                if model in self.models:  # Else another took its place meanwhile, and has tokens of its own
+                    return made
 
     def on_thread(
         self,

@@ -146,7 +146,7 @@ class ModelWorker:
         self.engine = SlotEngine(network, tokenizer, n_slots) if predictor.model.kind == "CausalLM" else None
         self._waiting: deque[Question] = deque()
         self._rows: deque[Rows] = deque()
-        self._changed, self._ending = threading.Condition(), False
+        self._changed, self._ending, self._draining = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
@@ -174,6 +174,8 @@ class ModelWorker:
     ) -> None:
         "Wait in line, or hear that it is full."
         with self._changed:
+            if self._draining:
+                raise BadRequest("this model is about to go", code="draining", status=503, retry_after_s=1)
             self.check_line()
             if isinstance(asked, Question):
                 self._waiting.append(asked)
@@ -188,14 +190,21 @@ class ModelWorker:
             self._changed.notify()
         self._thread.join()
 
+    def drain(self) -> None:
+        "End when everybody who waits has been answered; nobody else is let in."
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+        self._thread.join()
+
     def _work(self) -> None:
         with asking(self.predictor.model):
             while True:
                 with self._changed:
                     busy = self.engine is not None and bool(self.engine.batches)
-                    while not (busy or self._waiting or self._rows or self._ending):
+                    while not (busy or self._waiting or self._rows or self._ending or self._draining):
                         self._changed.wait()
-                    if self._ending:
+                    if self._ending or not (busy or self._waiting or self._rows):
                         return
                     joining, rows = self._take()
                 with self._turns:

@@ -124,8 +124,8 @@ def drain(line: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(run: Path, folder: Path, *words: str) -> Iterator[Served]:
-    "Start `llmft serve` on any free port, and end it afterwards."
+def serving(run: Path, folder: Path, *words: str, first: str = "") -> Iterator[Served]:
+    "Start `llmft serve` on any free port, perhaps after some other code, and end it afterwards."
     key = folder / f"{run.name}.key"
     key.write_text(KEY)
     key.chmod(0o600)
@@ -133,7 +133,7 @@ def serving(run: Path, folder: Path, *words: str) -> Iterator[Served]:
     command = [
         sys.executable,
         "-c",
-        code,
+        f"{first}\n{code}",
         "serve",
         str(run),
         "--port",
