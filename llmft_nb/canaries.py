@@ -367,9 +367,8 @@ def asked_often(
     try:
         found = canaries.find(serving.main)
         if not found:
-            get_logger("canaries").warning(
-                "no canaries: the run keeps no answers that are clear enough, and no --canaries are given"
-            )
+            words = "no canaries: the run keeps no answers that are clear enough, and --canaries names no file"
+            get_logger("canaries").warning(words)
         try:
             failures = canaries.round()
         except NotAsked as why:

@@ -574,6 +574,8 @@ def test_a_large_log_needs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_from_training_to_the_monitor(small_run: Path, small_files: Path, tmp_path: Path, monkeypatch: Any) -> None:
     "A trained run is served, asked its test rows, and longer ones; what it remembers can be counted again."
+    with asked_here(small_run) as (serving, _), asked_often(serving) as watched:
+        assert len(watched.find(serving.main)) == canaries.N_OWN
     logs = [tmp_path / "alike.jsonl", tmp_path / "longer.jsonl"]
     texts = [json.loads(line)["text"] for line in (small_files / "train.jsonl").read_text().splitlines()]
     asked = [texts, [f"{text} and with xylophones, zebras and quite many other words as well" for text in texts]]
