@@ -85,7 +85,7 @@ def own_canary(
     if task == "classify" and "probabilities" in line:
         best = sorted(line["probabilities"].values(), reverse=True)
         is_list = isinstance(line["predicted"], list)
-        clear = all(abs(p - 0.5) > 0.05 for p in best) if is_list else best[0] - sum(best[1:2]) > 0.1
+        clear = all(abs(p - 0.5) > 0.02 for p in best) if is_list else best[0] - sum(best[1:2]) > 0.02
         asked = {name: line[name] for name in ("text", "text_pair") if line.get(name)}
         return Canary(place, asked, line["predicted"], True) if clear else None
     if task == "tag" and "tags" in line:
@@ -369,7 +369,8 @@ def asked_often(
     try:
         found = canaries.find(serving.main)
         if not found:
-            get_logger("canaries").warning("no canaries: the run keeps no answers to ask, and no --canaries are given")
+            words = "no canaries: the run keeps no answers that are clear enough, and --canaries names no file"
+            get_logger("canaries").warning(words)
         try:
             failures = canaries.round()
         except NotAsked as why:

@@ -514,14 +514,14 @@ def test_clients_across_switches(linked: Path, tmp_path: Path) -> None:
 SLOW = """
 import time
 from llmft_nb import switching
-loaded, load = [], switching.load_predictor
+loaded, load = [], switching.load_exported
 def slowly(folder):
     loaded.append(folder)
     if len(loaded) > 1:
         print("loading", flush=True)
         time.sleep(1.5)
     return load(folder)
-switching.load_predictor = slowly
+switching.load_exported = slowly
 """
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,8 +62,9 @@ def lines_of(path: Path, n_lines: int = 0) -> list[dict[str, Any]]:
 
 
 def llmft(*words: Any) -> tuple[int, str, str]:
-    "Status, output and errors of a command."
-    done = CliRunner().invoke(app, [str(word) for word in words])
+    "Status, output and errors of a command; none of these may begin to serve."
+    with mock.patch("llmft_nb.server.serve", side_effect=AssertionError("it was served")):
+        done = CliRunner().invoke(app, [str(word) for word in words])
     assert "Traceback" not in done.stderr
     return done.exit_code, done.stdout, done.stderr
 
@@ -572,6 +574,8 @@ def test_a_large_log_needs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_from_training_to_the_monitor(small_run: Path, small_files: Path, tmp_path: Path, monkeypatch: Any) -> None:
     "A trained run is served, asked its test rows, and longer ones; what it remembers can be counted again."
+    with asked_here(small_run) as (serving, _), asked_often(serving) as watched:
+        assert len(watched.find(serving.main)) == canaries.N_OWN
     logs = [tmp_path / "alike.jsonl", tmp_path / "longer.jsonl"]
     texts = [json.loads(line)["text"] for line in (small_files / "train.jsonl").read_text().splitlines()]
     asked = [texts, [f"{text} and with xylophones, zebras and quite many other words as well" for text in texts]]
@@ -584,10 +588,19 @@ def test_from_training_to_the_monitor(small_run: Path, small_files: Path, tmp_pa
     assert told["lines"]["n_texts"] == len(texts) and features["characters"]["verdict"] == "no drift shown"
     assert features["unseen"]["of"] == "valid and test" and features["labels"]["of"] == "test"
     assert set(features) == {"characters", "tokens", "unseen", "confidence", "labels"}
+    n_rows = read_record(small_run).data
+    assert features["characters"]["n_reference"] == features["tokens"]["n_reference"] == n_rows["n_train"]
+    assert features["unseen"]["n_reference"] == n_rows["n_valid"] + n_rows["n_test"]
+    assert features["labels"]["n_reference"] == n_rows["n_test"]
     status, out, _ = llmft("monitor", *logs, "--against", small_run, "--fail-on-drift")
     assert status == 1 and "drift: characters, tokens" in out and f"{2 * len(texts)} texts of 2 lines" in out
     status, out, _ = llmft("monitor", *logs, "--against", small_run, "--window", "1h", "--json")
-    assert status == 0 and {"characters", "tokens", "unseen"} <= set(json.loads(out)["drift"])
+    told = json.loads(out)
+    assert status == 0 and {"characters", "tokens", "unseen"} <= set(told["drift"]) and told["lines"]["n_older"] == 0
+    line = json.loads(logs[1].read_text())
+    logs[1].write_text(json.dumps(line | {"time": "2020-01-01T00:00:00Z"}) + "\n")
+    told = json.loads(llmft("monitor", *logs, "--against", small_run, "--window", "1h", "--json")[1])
+    assert told["lines"]["n_older"] == 1 and told["lines"]["n_texts"] == len(texts) and told["since"] > "2025"
     assert llmft("monitor", *logs, "--against", small_run, "--least-effect", 1, "--fail-on-drift")[0] == 0
     old = tmp_path / "old"
     shutil.copytree(small_run, old)
