@@ -23,11 +23,10 @@ from typer.testing import CliRunner
 
 from llmft_nb import chat_page
 from llmft_nb.gate import Doors
-from llmft_nb.modeling import LLMForSequenceClassification, LLMForTokenClassification, size_head
+from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, LLMForTokenClassification, size_head
 from llmft_nb.predict import Predictor, load_predictor, open_chat, write_on
 from llmft_nb.serving import ServedModel
 from llmft_nb.tags import character_spans, split_words
-from llmft_nb.untuned import load_untuned
 from llmft_nb.wire import BadRequest
 from llmft_nb.worker import Asker
 
@@ -78,7 +77,7 @@ def test_a_served_run_is_asked_as_predict_asks(
     "The command itself, with its key and its base: answers are those of `predict`, and the base hears the same."
     questions, session = ["May I take both of them?", "And for how long?"], open_chat(predictor)
     expected = ["".join(session.ask(text)) for text in questions]
-    untuned = load_untuned("tiny", predictor)
+    untuned = dataclasses.replace(predictor, model=LLMForCausalLM.from_pretrained("tiny").eval())
     messages = [message for message in session.messages if message["role"] != "system"]
     prompts = [Asker(untuned).prompt_ids(messages[: 2 * k + 1]) for k in range(2)]
     others = [answer["completion"] for answer in write_on(untuned, prompts)]
@@ -215,13 +214,14 @@ def test_keys_of_the_keyboard(browser: Browser) -> None:
         browser.press("Enter")
         browser.type("  ")
         browser.press("Enter")
-        browser.run("at('box').dispatchEvent(new KeyboardEvent('keydown',"
-                    "{key: 'Enter', isComposing: true, bubbles: true, cancelable: true}))")  # fmt: skip
         assert model.asked == []
         browser.run("at('box').value = ''")
         browser.type("one")
         browser.press("Enter", shift=True)
         browser.type("two")
+        browser.run("at('box').dispatchEvent(new KeyboardEvent('keydown',"
+                    "{key: 'Enter', isComposing: true, bubbles: true, cancelable: true}))")  # fmt: skip
+        assert model.asked == [] and browser.run("!page.asking"), "Enter ends the word that is being composed"
         model.go_on.clear()
         browser.press("Enter")
         browser.until(f"{HELD} === 'It depends'")
@@ -514,11 +514,12 @@ def test_hidden_characters_are_seen(browser: Browser) -> None:
         assert model.asked[1].said[1]["content"] == "a\u202eb\ufffd\ue000 👩‍🔬", "a NUL would be refused from now on"
 
 
-def test_the_policy_of_the_chat_page_is_a_second_wall(browser: Browser) -> None:
-    "What gets into the page all the same does not run, and asks for nothing."
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_policy_of_the_chat_page_is_a_second_wall(trusted: bool, browser: Browser) -> None:
+    "What gets into the page all the same does not run, and asks for nothing; in browsers without trusted types too."
     tries = {
         "script": "document.body.append(Object.assign(document.createElement('script'), {text: 'canary(1)'}))",
-        "markup": "document.body.innerHTML = '<img src=x onerror=canary(1)>'",
+        "markup": "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=canary(1)>')",
         "handler": "document.body.setAttribute('onclick', 'canary(1)'); document.body.click()",
         "picture": "new Image().src = 'http://127.0.0.1:9/a.png'",
         "question": "fetch('http://127.0.0.1:9/?stolen').catch(() => 0)",
@@ -528,7 +529,9 @@ def test_the_policy_of_the_chat_page_is_a_second_wall(browser: Browser) -> None:
         "document.body.append(f); f.submit(); })()",
         "base": "document.head.append(Object.assign(document.createElement('base'), {href: 'http://127.0.0.1:9/'}))",
     }
-    with served_here(FakeModel()) as (address, _):
+    policy = chat_page.PAGE_POLICIES["/"]
+    with served_here(FakeModel()) as (address, server):
+        server.gate.pages = server.gate.pages | {"/": policy if trusted else policy.partition(b"; require")[0]}
         ready(browser, address)
         for name, script in tries.items():
             browser.run(f"(() => {{ try {{ {script}; }} catch (error) {{ return String(error); }} }})()")

@@ -120,7 +120,8 @@ async function* events(response) {
     const whole = held.split("\n\n");
     held = whole.pop();
     for (const line of whole) {
-      const data = line.replace(/^data: /, "");
+      if (!line.startsWith("data: ")) continue; // A proxy's sign of life
+      const data = line.slice(6);
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw refusal(event.error, 500);
