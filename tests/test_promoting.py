@@ -139,7 +139,8 @@ def test_every_call_of_a_promotion_as_the_last(action: str, tmp_path: Path) -> N
         left.add(is_new)
         assert is_new or [found] == (line[-1:] or [None])
         if found is not None:
-            assert [*served_state(runs)["before"], found] == (goal if is_new else line), step
+            state = served_state(runs)
+            assert [*state["before"], found] == (goal if is_new else line) and state["since"], step
         assert len(list_runs(runs)) == 3
         assert promote(runs / "c")["before"] == found and now(runs) == "c"
         if found not in (None, "c"):
