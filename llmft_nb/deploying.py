@@ -88,7 +88,7 @@ def serve(
         taken = bind(host, port)
         try:
             from llmft_nb.canaries import CanaryFailed
-            from llmft_nb.service import ServeSettings, serve_run
+            from llmft_nb.served_run import ServeSettings, serve_run
         except ModuleNotFoundError as error:
             mend = 'pip install "llmft_nb[serve]"'
             raise UserError("the server is not installed", where=str(error.name), mend=mend) from None
