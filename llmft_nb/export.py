@@ -21,6 +21,7 @@ from typing import Any
 from .core import FORMAT_VERSION, RunRecord, UserError, finite, get_logger
 from .core import read_record, sha256_file, write_atomic
 from .gguf_file import GgufModel, save_gguf
+from .handover import handover_section, say_throughout, settle_generation, trained_template
 from .int8 import load_int8, quantise_model, save_int8
 from .modeling import TunableModel, size_head
 from .ollama import model_file
@@ -130,6 +131,9 @@ def write_form(
     model = load_predictor(run).model.to("cpu")
     licence, notice = str(record.model.get("licence", "unknown")), str(record.data.get("notice") or "")
     if asked.name == "merged":
+        if model.kind == "CausalLM":
+            settle_generation(model, record.settings, record.task)
+            say_throughout(model, record.settings)
         model.save_pretrained(folder)
     elif asked.name == "int8":
         quantise_model(model)
@@ -137,8 +141,10 @@ def write_form(
     elif asked.name == "onnx":
         save_onnx(model, folder)
     else:
+        words = model_file(model, record.settings, licence)
+        say_throughout(model, record.settings)
         save_gguf(model, folder, run.resolve().name, licence, notice)
-        (folder / "Modelfile").write_text(model_file(model, record.settings, licence), encoding="utf-8")
+        (folder / "Modelfile").write_text(words, encoding="utf-8")
 
 
 def read_form(
@@ -153,7 +159,12 @@ def read_form(
     if name == "onnx":
         check_installed(FORMATS["onnx"].packages[-1:], f"export {folder}")
         return OnnxModel(folder, kind.kind)
-    return GgufModel(folder) if name == "gguf" else kind.from_pretrained(folder).eval()
+    if name == "gguf":
+        return GgufModel(folder)
+    model = kind.from_pretrained(folder).eval()
+    if isinstance(model.tokenizer.chat_template, str):
+        model.tokenizer.chat_template = trained_template(model.tokenizer.chat_template)
+    return model
 
 # %% ../nbs/09af_export.ipynb #9af0000f
 PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")  # What a base may bring along
@@ -278,7 +289,8 @@ def export_run(
         found = prove(asked, run, record, trained, folder, rows, limit)
         kept = export_record(asked, run, record, fingerprint, found, told | {"source_bytes": source_bytes})
         write_papers(run, record, folder)
-        (folder / "README.md").write_text(export_card(run, kept), encoding="utf-8")
+        card = export_card(run, kept) + handover_section(kept, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         made = sorted(folder.iterdir())
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in made}
         kept["bytes"], kept["files"] = sum(one["bytes"] for one in files.values()), files

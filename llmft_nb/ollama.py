@@ -74,7 +74,7 @@ def turn_template(
         return ""
     turns, opening = found
     if pattern is not None:
-        columns = set(template_columns(pattern))
+        columns = template_columns(pattern)
         if len(columns) != 1:
             return ""
         filled = fill_template(pattern, dict.fromkeys(columns, MARKS["user"]))

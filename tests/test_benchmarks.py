@@ -1,6 +1,7 @@
 """What the benchmarks of the embedded world count, beside the same figure from another library."""
 
 import argparse
+import asyncio
 import json
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from served import make_run
 from sklearn.metrics import f1_score
 from small import small_rows
 
@@ -21,6 +23,7 @@ import growth  # noqa: E402
 import knowledge  # noqa: E402
 import language  # noqa: E402
 import peers  # noqa: E402
+import serving  # noqa: E402
 import strategies  # noqa: E402
 import tasks  # noqa: E402
 import trunk  # noqa: E402
@@ -29,6 +32,8 @@ import works  # noqa: E402
 
 from llmft_nb import demo  # noqa: E402
 from llmft_nb.core import UserError  # noqa: E402
+from llmft_nb.export import load_exported  # noqa: E402
+from llmft_nb.modeling import LLMForCausalLM  # noqa: E402
 
 
 def test_macro_f1_is_the_one_everybody_means() -> None:
@@ -425,3 +430,52 @@ def test_rows_of_any_number_are_different_and_of_one_kind(tmp_path: Path) -> Non
     assert len({row["prompt"] for row in rows}) == 300
     halves = [np.mean([len(row["prompt"]) for row in part]) for part in (rows[:150], rows[150:])]
     assert halves[0] == pytest.approx(halves[1], rel=0.15)
+
+
+def test_clients_hear_whole_answers_and_labels_in_order(tmp_path: Path) -> None:
+    run, model = serving.make_run(tmp_path / "run", None, None)
+    said = [[{"role": "user", "content": text}] for text in serving.questions(9)]
+    assert len({str(one) for one in said}) == 9 and model == run / "model"
+    asked = {"max_tokens": 3, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    requests = [serving.post("/v1/chat/completions", {"messages": one, **asked}, close=True) for one in said]
+    with serving.started(serving.OURS, [str(run)], tmp_path) as port:
+        found = serving.time_writing(port, requests, [1, 3])
+        with pytest.raises(SystemExit, match=r"(?s)refused.*max_tokens"):
+            wrong = serving.post("/v1/chat/completions", {"messages": said[0], "max_tokens": 0}, close=True)
+            asyncio.run(serving.hear_answer(port, wrong))
+    heard = found[3]["heard"]
+    assert len(found[1]["heard"]) == 8 and len(heard) == 9
+    answers = load_exported(run).predict([one[0]["content"] for one in said])  # Up to 128 tokens: these begin alike
+    assert all(n == 3 and text and answer["completion"].startswith(text) for (n, text), answer in zip(heard, answers))
+    assert 0 < found[3]["first_ms"] <= found[3]["first_p95_ms"]
+
+    encoder, texts = make_run(tmp_path / "encoder", "classify", "tiny-encoder"), serving.questions(37)
+    with serving.started(serving.OURS, [str(encoder)], tmp_path) as port:
+        told = [serving.time_rows(port, texts, size) for size in serving.ROW_SIZES]
+    wanted = [answer["label"] for answer in load_exported(encoder).predict(texts)]
+    assert [labels for labels, _ in told] == [wanted, wanted] and all(rate > 0 for _, rate in told)
+
+
+def test_a_larger_model_is_drawn_in_its_shape(tmp_path: Path) -> None:
+    config = LLMForCausalLM.from_pretrained(serving.make_run(tmp_path / "run", None, "2x128")[1]).network.config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 128, 352)
+
+
+def test_a_server_is_held_against_the_best_of_the_others_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(server: str, rate: float, first: float, clients: int, setting: str = "") -> dict[str, Any]:
+        figures = {"tokens_per_s": rate, "first_ms": first, "first_p95_ms": first}
+        return {"server": server, "setting": setting, "clients": clients, **figures}
+
+    def judged(rate: float, first: float, clients: int) -> bool:
+        others = [line("other", 100, 9, clients, "slow start"), line("other", 80, 5, clients, "slow")]
+        return serving.judge_writing(clients, [line(serving.OURS, rate, first, clients), *others])
+
+    assert judged(100, 5, 1) and not judged(99, 5, 1) and not judged(100, 6, 1)
+    assert judged(150, 50, 8) and not judged(149, 5, 8) and judged(1, 50, 32)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["tokens_per_s_ratio"], last["against"], last["first_against"]) == (0.01, "slow start", "slow")
+    assert serving.same_length([[(3, "a"), (9, "b")], [(3, "a"), (9, "c")]], 1)
+    assert json.loads(capsys.readouterr().out)["same_answers"] == 1
+    assert not serving.same_length([[(3, "a")], [(4, "a b")]], 1) and not serving.same_length([[(0, "")]], 1)
+    assert serving.judge_rows({0: 100.0, 1: 80.0, 16: 120.0}, 10, 3)
+    assert not serving.judge_rows({0: 100.0, 1: 79.0, 16: 120.0}, 10, 3)

@@ -27,6 +27,7 @@ from llmft_nb.core import UserError, assets_folder, sha256_file
 from llmft_nb.export import export_run, load_exported
 from llmft_nb.finetune import finetune
 from llmft_nb.gguf_file import GgufModel, rule_name, save_gguf, words_of_file
+from llmft_nb.handover import served_template
 from llmft_nb.int8 import Int8Linear, load_int8, quantise_model, read_int8, save_int8
 from llmft_nb.modeling import LLMForCausalLM, LLMForSequenceClassification, size_head
 from llmft_nb.ollama import model_file, turn_ends
@@ -246,7 +247,8 @@ def test_gguf_read_back_by_its_own_package(talk_run, tmp_path):
             np.testing.assert_array_equal(tensors[f"blk.{i}.{theirs}.weight"], wanted[order])
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tokenizer = load_predictor(talk_run).model.tokenizer
-    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    said = served_template(tokenizer.chat_template, {"system": "Answer in one word."})
+    assert fields["tokenizer.chat_template"] == said != tokenizer.chat_template
     assert fields["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(6144))
     assert fields["tokenizer.ggml.eos_token_id"] == 1 and fields["tokenizer.ggml.padding_token_id"] == 0
     assert fields["tokenizer.ggml.add_bos_token"] is False
