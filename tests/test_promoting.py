@@ -516,12 +516,12 @@ SLOW = """
 import time
 from llmft_nb import switching
 loaded, load = [], switching.load_exported
-def slowly(folder):
+def slowly(folder, **options):
     loaded.append(folder)
     if len(loaded) > 1:
         print("loading", flush=True)
         time.sleep(1.5)
-    return load(folder)
+    return load(folder, **options)
 switching.load_exported = slowly
 """
 

@@ -148,7 +148,7 @@ mkdir -p {stage}
 mount -t tmpfs tmpfs {stage}
 for place in {places}; do mkdir -p {stage}$place; mount --bind $place {stage}$place; done
 install -m 400 -o 65534 {key} {stage}/key
-mount -t tmpfs tmpfs /root; mount -t tmpfs tmpfs /home; mount -t tmpfs tmpfs /tmp
+for place in root home tmp; do mount -t tmpfs tmpfs /$place; done
 for place in {places}; do mkdir -p $place; mount --bind {stage}$place $place; mount -o remount,bind,ro $place; done
 mkdir -p -m 755 /tmp/credentials; mount --bind {stage}/key {stage}/key; cp -p {stage}/key /tmp/credentials/key
 mount -o remount,bind,ro / ; chmod 1777 /tmp
