@@ -148,7 +148,7 @@ mkdir -p {stage}
 mount -t tmpfs tmpfs {stage}
 for place in {places}; do mkdir -p {stage}$place; mount --bind $place {stage}$place; done
 install -m 400 -o 65534 {key} {stage}/key
-for place in root home tmp; do mount -t tmpfs tmpfs /$place; done
+for home in {homes}; do mount -t tmpfs tmpfs $home; done; mount -t tmpfs tmpfs /tmp
 for place in {places}; do mkdir -p $place; mount --bind {stage}$place $place; mount -o remount,bind,ro $place; done
 mkdir -p -m 755 /tmp/credentials; mount --bind {stage}/key {stage}/key; cp -p {stage}/key /tmp/credentials/key
 mount -o remount,bind,ro / ; chmod 1777 /tmp
@@ -170,7 +170,8 @@ def test_the_units_command_serves_as_nobody_and_ends_well(run: Path, key: Path, 
     environment = " ".join(service["Environment"]) + f" PYTHONPATH={ROOT}"
     command = service["ExecStart"][0].replace("%d/key", "/tmp/credentials/key")
     places = service["BindReadOnlyPaths"][0]
-    script = SANDBOX.format(stage="/mnt", places=places, key=key, environment=environment, command=command)
+    homes = f"{Path('~root').expanduser()} /home"
+    script = SANDBOX.format(stage="/mnt", homes=homes, places=places, key=key, environment=environment, command=command)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(["unshare", "-m", "bash", "-c", script], stdout=log, stderr=log)
     try:
