@@ -527,7 +527,10 @@ switching.load_exported = slowly
 
 
 def test_the_end_comes_during_a_switch(linked: Path, tmp_path: Path) -> None:
-    with served.serving(linked / "served", tmp_path, first=SLOW) as server, ThreadPoolExecutor(1) as pool:
+    with (
+        served.serving(linked / "served", tmp_path, "--no-canaries", first=SLOW) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
         long = asked_of("Tell me all.", max_tokens=220, temperature=1.2, seed=3, stream=True)
         begun = pool.submit(server.ask, "POST", CHAT, long)
         wait_for(server.active, "it is not begun")
@@ -537,6 +540,24 @@ def test_the_end_comes_during_a_switch(linked: Path, tmp_path: Path) -> None:
         assert served.end(server) == 143
         assert begun.result()[0] == 200 and heard_of(begun.result()[2])
     assert (tmp_path / "served.log").read_text() == ""
+
+
+def test_a_run_that_fails_its_canaries_does_not_take_over(linked: Path, tmp_path: Path) -> None:
+    "It answers otherwise than the file says; the one that is served goes on, and one that answers so takes over."
+    answer = load_predictor(linked / "001").predict(["May I?"])[0]["completion"]
+    file = tmp_path / "canaries.jsonl"
+    file.write_text(json.dumps({"prompt": "May I?", "completion": answer}) + "\n")
+    shutil.copytree(linked / "001", linked / "twin")
+    words = ("--canaries", str(file), "--canary-every", "0")
+    with served.serving(linked / "served", tmp_path, *words) as server:
+        promote(linked / "002")
+        wait_for(lambda: metric(server, "llmft_switch_failed_total") == 1, "it took over")
+        assert heard_of(server.ask("POST", CHAT, asked_of("May I?"))[2]) == answer
+        assert served_run(server)["run"] == "001" and server.ask("GET", "/health")[0] == 200
+        promote(linked / "twin")
+        wait_for(lambda: served_run(server)["run"] == "twin", "it is not let in")
+    log = (tmp_path / "served.log").read_text()
+    assert "001 stays" in log and "1 of 1 canaries failed" in log and "Traceback" not in log
 
 
 # --- inside ---
