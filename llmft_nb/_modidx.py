@@ -1614,7 +1614,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'llmft_nb/served_run.py'),
                                      'llmft_nb.served_run.accepting': ('served_run.html#accepting', 'llmft_nb/served_run.py'),
                                      'llmft_nb.served_run.open_service': ('served_run.html#open_service', 'llmft_nb/served_run.py'),
-                                     'llmft_nb.served_run.serve_run': ('served_run.html#serve_run', 'llmft_nb/served_run.py')},
+                                     'llmft_nb.served_run.serve_run': ('served_run.html#serve_run', 'llmft_nb/served_run.py'),
+                                     'llmft_nb.served_run.threads_for': ('served_run.html#threads_for', 'llmft_nb/served_run.py')},
             'llmft_nb.server': { 'llmft_nb.server.DrainingServer': ('server.html#drainingserver', 'llmft_nb/server.py'),
                                  'llmft_nb.server.DrainingServer.__init__': ('server.html#drainingserver.__init__', 'llmft_nb/server.py'),
                                  'llmft_nb.server.DrainingServer.handle_exit': ( 'server.html#drainingserver.handle_exit',
@@ -2268,4 +2269,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmft_nb.worker.Turns': ('worker.html#turns', 'llmft_nb/worker.py'),
                                  'llmft_nb.worker.Turns.__enter__': ('worker.html#turns.__enter__', 'llmft_nb/worker.py'),
                                  'llmft_nb.worker.Turns.__exit__': ('worker.html#turns.__exit__', 'llmft_nb/worker.py'),
-                                 'llmft_nb.worker.Turns.__init__': ('worker.html#turns.__init__', 'llmft_nb/worker.py')}}}
+                                 'llmft_nb.worker.Turns.__init__': ('worker.html#turns.__init__', 'llmft_nb/worker.py'),
+                                 'llmft_nb.worker.fewest_threads': ('worker.html#fewest_threads', 'llmft_nb/worker.py'),
+                                 'llmft_nb.worker.usual_step': ('worker.html#usual_step', 'llmft_nb/worker.py')}}}

@@ -66,7 +66,8 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="Holds the key that clients must send.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the model, for clients; else the folder's.")] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A name by which clients call this machine.")] = None,
-    slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers written at once.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers written at once.")] = 32,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; else as few as are about as fast.")] = None,
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that may wait; others hear 429.")] = 64,
     access_log: Annotated[Path | None, typer.Option(help="A JSON line for each question, without texts.")] = None,
     access_log_mb: Annotated[float, typer.Option(min=0.0, help="From which a new file is begun; 0: never.")] = 64.0,
@@ -104,6 +105,7 @@ def serve(
             asks_canaries=not no_canaries,
             base=base,
             follow=follow,
+            n_threads=threads,
         )
         try:
             serve_run(run, settings, doors, taken, lambda told: show_address(told, as_json))
