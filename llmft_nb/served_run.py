@@ -93,6 +93,7 @@ def open_service(
             log = AccessLog(settings.access_log, content=settings.log_content, most_mb=settings.access_log_mb)
             ending.callback(log.close)
         options: dict[str, Any] = {"n_slots": settings.n_slots, "n_waiting": settings.n_waiting}
+        options["n_prompt_threads"] = settings.n_threads or torch.get_num_threads()
         follower = follow_run(run, settings.name, settings.follow, **options, turns=turns, log=log)
         serving = follower.serving
         ending.callback(serving.stop)

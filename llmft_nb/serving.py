@@ -40,6 +40,7 @@ class ServedModel:
         n_slots: int = 16,  # Answers written at once
         n_waiting: int = 64,  # Questions that may wait
         turns: Turns | None = None,  # Shared by models on one device; None: it has the device for itself
+        n_prompt_threads: int | None = None,  # Of a CPU, to read prompts with; None: as for all else
         base_of: str | None = None,  # Name of the model that was tuned from this one; None: from no other here
         run: Mapping[str, str] | None = None,  # What is known of the run it comes from, e.g. "run", "fingerprint"
     ) -> None:
@@ -50,7 +51,8 @@ class ServedModel:
         self.run = dict(run or {})
         self.asker = Asker(predictor) if predictor.model.kind == "CausalLM" else None
         self.post = Post()
-        self.worker = ModelWorker(predictor, n_slots, n_waiting, turns=turns, send=self.post.send)
+        options: dict[str, Any] = {"turns": turns, "send": self.post.send, "n_prompt_threads": n_prompt_threads}
+        self.worker = ModelWorker(predictor, n_slots, n_waiting, **options)
         self.metadata = {"notice": predictor.notice} if predictor.notice else {}
 
     def describe(self) -> dict[str, Any]:  # As OpenAI's clients read it

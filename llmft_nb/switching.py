@@ -239,13 +239,15 @@ def follow_run(
     n_waiting: int = 64,  # Questions that may wait
     turns: Turns | None = None,  # Shared with other models on the device
     log: AccessLog | None = None,  # Where each question has its line
+    n_prompt_threads: int | None = None,  # Of a CPU, to read prompts with; None: as for all else
 ) -> Follower:  # Not started yet; its `serving` has the model
     "Load a run to be served, and be ready to serve another."
     called, shared = model_name(name, run), turns or Turns()
 
     def make(folder: Path) -> ServedModel:
         found, facts = load_exported(folder, by_hash=True), run_facts(folder)
-        return ServedModel(found, called, n_slots=n_slots, n_waiting=n_waiting, turns=shared, run=facts)
+        options: dict[str, Any] = {"n_slots": n_slots, "n_waiting": n_waiting, "n_prompt_threads": n_prompt_threads}
+        return ServedModel(found, called, **options, turns=shared, run=facts)
 
     is_followed = is_link(run) if follow is None else follow
     here = Path(os.path.realpath(run)) if is_followed else run

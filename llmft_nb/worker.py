@@ -141,12 +141,14 @@ class ModelWorker:
         n_rows: int = 512,  # Texts labelled at once
         turns: Turns | None = None,  # Shared with other models on the same device
         send: Callable[[], None] = lambda: None,  # Called after each step and each batch, when all has been told
+        n_prompt_threads: int | None = None,  # Of a CPU, to read prompts with; None: as for all else
     ) -> None:
         self.predictor, self.n_waiting, self.n_rows = predictor, n_waiting, n_rows
         self._turns, self._send = turns or Turns(), send
         network, tokenizer = predictor.model.network, predictor.model.tokenizer
         predictor.model.eval()
-        self.engine = SlotEngine(network, tokenizer, n_slots) if predictor.model.kind == "CausalLM" else None
+        options: dict[str, Any] = {"n_slots": n_slots, "n_prompt_threads": n_prompt_threads}
+        self.engine = SlotEngine(network, tokenizer, **options) if predictor.model.kind == "CausalLM" else None
         self._waiting: deque[Question] = deque()
         self._rows: deque[Rows] = deque()
         self._changed, self._ending, self._draining = threading.Condition(), False, False
