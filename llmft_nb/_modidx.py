@@ -949,6 +949,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmft_nb.inference.last_states': ('inference.html#last_states', 'llmft_nb/inference.py'),
                                     'llmft_nb.inference.name_answers': ('inference.html#name_answers', 'llmft_nb/inference.py'),
                                     'llmft_nb.inference.own_random_stream': ('inference.html#own_random_stream', 'llmft_nb/inference.py'),
+                                    'llmft_nb.inference.padding_for': ('inference.html#padding_for', 'llmft_nb/inference.py'),
                                     'llmft_nb.inference.padding_gap': ('inference.html#padding_gap', 'llmft_nb/inference.py'),
                                     'llmft_nb.inference.pooled_features': ('inference.html#pooled_features', 'llmft_nb/inference.py'),
                                     'llmft_nb.inference.predict_logits': ('inference.html#predict_logits', 'llmft_nb/inference.py'),
