@@ -66,7 +66,7 @@ def bind(
     where = f"{host}:{port}"
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        taken = socket.socket(family, kind)
+        taken = socket.socket(family, kind, socket.IPPROTO_TCP)  # Named, or asyncio leaves Nagle's delay on
         if os.name == "posix":
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
