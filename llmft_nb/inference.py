@@ -118,6 +118,7 @@ def predict_logits(
     model: nn.Module,  # Called with a batch's tensors; returns logits of shape (rows, C)
     dataset: TokenDataset,  # The rows; labels are not looked at
     batch_size: int = 64,  # Rows at once
+    pads: bool = False,  # Whether rows of any length share a batch, as where a mask is put to the test
 ) -> np.ndarray:  # Shape (N, C) in f32, in the order of the data set
     "Score every row in evaluation mode; the model's mode is put back afterwards."
     found: dict[int, np.ndarray] = {}
@@ -127,7 +128,7 @@ def predict_logits(
             batch = {name: tensor.to(place, non_blocking=True) for name, tensor in collate(dataset, rows).items()}
             found.update(zip(rows, model(**batch).float().cpu().numpy(), strict=True))
 
-        compute_rows(dataset.lengths, batch_size, ask, most_padding=padding_for(place))
+        compute_rows(dataset.lengths, batch_size, ask, most_padding=None if pads else padding_for(place))
     return np.stack([found[row] for row in range(len(dataset))])
 
 # %% ../nbs/06b_inference.ipynb #be952cb8
@@ -171,6 +172,7 @@ def predict_positions(
     model: nn.Module,  # Called with a batch's tensors; returns logits of shape (S, C)
     dataset: TokenDataset,  # Its labels mark the positions; which labels they are does not matter
     batch_size: int = 64,  # Rows at once
+    pads: bool = False,  # Whether rows of any length share a batch, as where a mask is put to the test
 ) -> list[np.ndarray]:  # For each row, in the order of the data set, shape (its positions, C) in f32
     "Score the marked positions of every row in evaluation mode."
     found: list[np.ndarray] = [np.empty(0)] * len(dataset)
@@ -185,7 +187,7 @@ def predict_positions(
             for row, part in zip(rows, np.split(logits.float().cpu().numpy(), np.cumsum(counts)[:-1]), strict=True):
                 found[row] = part
 
-        compute_rows(dataset.lengths, batch_size, ask, most_padding=padding_for(place))
+        compute_rows(dataset.lengths, batch_size, ask, most_padding=None if pads else padding_for(place))
     return found
 
 # %% ../nbs/06b_inference.ipynb #e860596b

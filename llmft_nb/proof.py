@@ -167,8 +167,8 @@ def ask_both(
 ) -> list[np.ndarray]:  # For each line, shape (places, C)
     "Logits at every place that is asked."
     if model.kind == "SequenceClassification":
-        return [row[None] for row in predict_logits(model, dataset, batch_size)]
-    return predict_positions(model, dataset, batch_size)
+        return [row[None] for row in predict_logits(model, dataset, batch_size, pads=True)]
+    return predict_positions(model, dataset, batch_size, pads=True)
 
 
 def logit_gap(
